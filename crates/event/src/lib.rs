@@ -1,0 +1,9 @@
+//! Readiness, wake-ups and supervised worker threads.
+
+mod poll;
+mod wake;
+mod worker;
+
+pub use poll::{Interest, Poll, Ready};
+pub use wake::Wake;
+pub use worker::{Failure, Worker, panic_message};
