@@ -1,0 +1,508 @@
+//! The MMIO transport, version 2 (virtio 1.2, section 4.2).
+//!
+//! [`MmioTransport`] is the register file that vCPU threads read and write, and the keeper of the
+//! device: idle in here, or running on a worker thread of its own.
+
+use std::fmt;
+use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, mpsc};
+
+use krun_event::{Failure, Poll, Wake, Worker};
+use krun_memory::{GuestAddress, GuestMemory};
+
+use crate::device::{ConfigSpace, DeviceError, DeviceInfo, Interrupt, VirtioDevice};
+use crate::feature;
+use crate::queue::{Queue, QueueAddresses};
+use crate::worker::{self, Engine};
+
+/// Offsets of the registers (section 4.2.2).
+pub mod reg {
+    /// "virt". Read only.
+    pub const MAGIC: u64 = 0x000;
+    /// 2. Read only.
+    pub const VERSION: u64 = 0x004;
+    /// What kind of device. Read only.
+    pub const DEVICE_ID: u64 = 0x008;
+    /// Who made it. Read only.
+    pub const VENDOR_ID: u64 = 0x00c;
+    /// 32 of the offered features. Read only.
+    pub const DEVICE_FEATURES: u64 = 0x010;
+    /// Which 32. Write only.
+    pub const DEVICE_FEATURES_SEL: u64 = 0x014;
+    /// 32 of the accepted features. Write only.
+    pub const DRIVER_FEATURES: u64 = 0x020;
+    /// Which 32. Write only.
+    pub const DRIVER_FEATURES_SEL: u64 = 0x024;
+    /// Which queue the following are about. Write only.
+    pub const QUEUE_SEL: u64 = 0x030;
+    /// Largest size; 0 when there is no such queue. Read only.
+    pub const QUEUE_NUM_MAX: u64 = 0x034;
+    /// Size. Write only.
+    pub const QUEUE_NUM: u64 = 0x038;
+    /// 1: in use.
+    pub const QUEUE_READY: u64 = 0x044;
+    /// The doorbell: takes the index of a queue. Write only.
+    pub const QUEUE_NOTIFY: u64 = 0x050;
+    /// Why there was an interrupt. Read only.
+    pub const INTERRUPT_STATUS: u64 = 0x060;
+    /// Clears bits of it. Write only.
+    pub const INTERRUPT_ACK: u64 = 0x064;
+    /// Device status; writing 0 resets.
+    pub const STATUS: u64 = 0x070;
+    /// Descriptor table, low half; the high half follows. Write only.
+    pub const QUEUE_DESC: u64 = 0x080;
+    /// Available ring, low half; the high half follows. Write only.
+    pub const QUEUE_AVAIL: u64 = 0x090;
+    /// Used ring, low half; the high half follows. Write only.
+    pub const QUEUE_USED: u64 = 0x0a0;
+    /// Which shared memory region. Write only.
+    pub const SHM_SEL: u64 = 0x0ac;
+    /// Its length, low half; the high half follows. All ones: no such region. Read only.
+    pub const SHM_LEN: u64 = 0x0b0;
+    /// Its address, low half; the high half follows. Read only.
+    pub const SHM_BASE: u64 = 0x0b8;
+    /// Changes with the configuration space. Read only.
+    pub const CONFIG_GENERATION: u64 = 0x0fc;
+    /// First byte of the configuration space.
+    pub const CONFIG: u64 = 0x100;
+}
+
+/// Bits of the device status (section 2.1).
+pub mod status {
+    /// The guest has seen the device.
+    pub const ACKNOWLEDGE: u32 = 1;
+    /// The guest has a driver for it.
+    pub const DRIVER: u32 = 2;
+    /// The driver is set up; the device may run.
+    pub const DRIVER_OK: u32 = 4;
+    /// Features are agreed.
+    pub const FEATURES_OK: u32 = 8;
+    /// The device cannot go on without a reset.
+    pub const NEEDS_RESET: u32 = 64;
+    /// The driver gave up.
+    pub const FAILED: u32 = 128;
+}
+
+/// Bytes of address space of one device.
+pub const MMIO_SIZE: u64 = 0x1000;
+
+const MAGIC: u32 = u32::from_le_bytes(*b"virt");
+const VERSION: u32 = 2;
+const VENDOR: u32 = u32::from_le_bytes(*b"krun");
+
+/// What is shared with the worker. No lock in it: a vCPU that handles an interrupt must not wait for
+/// another one that resets the device.
+struct Shared {
+    interrupt_status: AtomicU32,
+    needs_reset: AtomicBool,
+    line: Box<dyn Fn() + Send + Sync>,
+    fail: Box<dyn Fn(String) + Send + Sync>,
+}
+
+impl Shared {
+    fn raise(&self, bits: u32) {
+        self.interrupt_status.fetch_or(bits, Ordering::SeqCst);
+        (self.line)();
+    }
+
+    fn broken(&self) {
+        self.needs_reset.store(true, Ordering::SeqCst);
+        self.raise(Interrupt::CONFIG);
+    }
+}
+
+/// What the driver wrote about one queue.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+struct QueueRegs {
+    size: u32,
+    ready: bool,
+    at: QueueAddresses,
+}
+
+/// What the driver wrote, apart from [`QueueRegs`].
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+struct Regs {
+    status: u32,
+    device_features_sel: u32,
+    driver_features_sel: u32,
+    driver_features: u64,
+    /// The driver accepted a feature past the 64 that exist.
+    beyond: bool,
+    queue_sel: u32,
+    shm_sel: u32,
+}
+
+/// Where the device is.
+enum State {
+    Idle(Box<dyn VirtioDevice>),
+    Running {
+        worker: Worker<Option<Ended>>,
+        drain: Arc<AtomicBool>,
+    },
+    /// Shut down, or lost in a panic.
+    Gone,
+}
+
+/// What a worker leaves behind: the device, and how it ended.
+type Ended = (Box<dyn VirtioDevice>, Result<(), DeviceError>);
+
+struct Inner {
+    regs: Regs,
+    queues: Vec<QueueRegs>,
+    state: State,
+}
+
+/// A virtio device behind MMIO registers.
+///
+/// All methods take `&self`; vCPU threads call them at the same time. A reset (and [`Self::shutdown`])
+/// waits for the device's current callback, so a device that blocks in a call to the host delays the
+/// vCPU that resets it. Interrupt status, doorbells and configuration space are served meanwhile.
+pub struct MmioTransport {
+    info: DeviceInfo,
+    config: Arc<dyn ConfigSpace>,
+    memory: GuestMemory,
+    shared: Arc<Shared>,
+    doorbells: Vec<Wake>,
+    shm: Vec<(u8, GuestAddress, u64)>,
+    inner: Mutex<Inner>,
+}
+
+impl fmt::Debug for MmioTransport {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("MmioTransport").field("info", &self.info).finish_non_exhaustive()
+    }
+}
+
+impl MmioTransport {
+    /// Puts `device` behind registers. `line` pulses its interrupt line; `fail` is told of a panic on
+    /// the device's thread, after which the machine cannot go on. Both are called from any thread,
+    /// perhaps while a register is being written, and must not call the transport.
+    ///
+    /// # Errors
+    /// The host's reason when no descriptor is left for the doorbells.
+    pub fn new(
+        device: Box<dyn VirtioDevice>,
+        memory: GuestMemory,
+        line: impl Fn() + Send + Sync + 'static,
+        fail: impl Fn(String) + Send + Sync + 'static,
+    ) -> std::io::Result<Self> {
+        let (info, config) = (device.info(), device.config());
+        let doorbells = info.queue_sizes.iter().map(|_| Wake::new()).collect::<Result<_, _>>()?;
+        let queues = vec![QueueRegs::default(); info.queue_sizes.len()];
+        Ok(Self {
+            info,
+            config,
+            memory,
+            shared: Arc::new(Shared {
+                interrupt_status: AtomicU32::new(0),
+                needs_reset: AtomicBool::new(false),
+                line: Box::new(line),
+                fail: Box::new(fail),
+            }),
+            doorbells,
+            shm: Vec::new(),
+            inner: Mutex::new(Inner { regs: Regs::default(), queues, state: State::Idle(device) }),
+        })
+    }
+
+    /// Says where the machine put shared memory region `id`; one that has no place is not shown.
+    pub fn place_shm(&mut self, id: u8, at: GuestAddress) {
+        if let Some(region) = self.info.shm.iter().find(|r| r.id == id) {
+            self.shm.push((id, at, region.size));
+        }
+    }
+
+    /// The device's facts.
+    pub fn info(&self) -> &DeviceInfo {
+        &self.info
+    }
+
+    /// One wake-up per queue, to be set when the guest writes the queue's index to
+    /// [`reg::QUEUE_NOTIFY`]. A write that arrives through [`Self::write`] does the same.
+    pub fn doorbells(&self) -> &[Wake] {
+        &self.doorbells
+    }
+
+    /// Features offered to the driver.
+    pub fn features(&self) -> u64 {
+        self.info.features
+            | 1 << feature::RING_INDIRECT_DESC
+            | 1 << feature::RING_EVENT_IDX
+            | 1 << feature::VERSION_1
+    }
+
+    fn lock(&self) -> MutexGuard<'_, Inner> {
+        // The registers are plain values: a panic between two of them leaves nothing half done that a
+        // reset does not set right.
+        self.inner.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// A vCPU reads `data.len()` bytes at `offset`. What cannot be read is zero.
+    pub fn read(&self, offset: u64, data: &mut [u8]) {
+        data.fill(0);
+        if offset >= reg::CONFIG {
+            if matches!(data.len(), 1 | 2 | 4 | 8) {
+                self.config.read(offset - reg::CONFIG, data);
+            }
+        } else if let Ok(data) = <&mut [u8; 4]>::try_from(data) {
+            *data = self.read_register(offset).to_le_bytes();
+        } else {
+            tracing::debug!(device = self.info.name, offset, "register read of the wrong width");
+        }
+    }
+
+    fn read_register(&self, offset: u64) -> u32 {
+        match offset {
+            reg::MAGIC => MAGIC,
+            reg::VERSION => VERSION,
+            reg::DEVICE_ID => self.info.id,
+            reg::VENDOR_ID => VENDOR,
+            reg::INTERRUPT_STATUS => self.shared.interrupt_status.load(Ordering::SeqCst),
+            reg::CONFIG_GENERATION => self.config.generation(),
+            _ => self.read_locked(offset, &self.lock()),
+        }
+    }
+
+    fn read_locked(&self, offset: u64, inner: &Inner) -> u32 {
+        let regs = &inner.regs;
+        let queue = regs.queue_sel as usize;
+        let shm = || self.shm.iter().find(|r| u32::from(r.0) == regs.shm_sel);
+        match offset {
+            reg::DEVICE_FEATURES => half(self.features(), regs.device_features_sel),
+            reg::QUEUE_NUM_MAX => self.info.queue_sizes.get(queue).map_or(0, |&n| u32::from(n)),
+            reg::QUEUE_READY => inner.queues.get(queue).map_or(0, |q| u32::from(q.ready)),
+            reg::STATUS => {
+                let broken = self.shared.needs_reset.load(Ordering::SeqCst);
+                regs.status | if broken { status::NEEDS_RESET } else { 0 }
+            }
+            reg::SHM_LEN => half(shm().map_or(u64::MAX, |r| r.2), 0),
+            0x0b4 => half(shm().map_or(u64::MAX, |r| r.2), 1),
+            reg::SHM_BASE => half(shm().map_or(u64::MAX, |r| r.1.0), 0),
+            0x0bc => half(shm().map_or(u64::MAX, |r| r.1.0), 1),
+            _ => {
+                tracing::debug!(device = self.info.name, offset, "read of no register");
+                0
+            }
+        }
+    }
+
+    /// A vCPU writes `data` at `offset`. What cannot be written is ignored.
+    pub fn write(&self, offset: u64, data: &[u8]) {
+        if offset >= reg::CONFIG {
+            if matches!(data.len(), 1 | 2 | 4 | 8) {
+                self.config.write(offset - reg::CONFIG, data);
+            }
+        } else if let Ok(data) = <[u8; 4]>::try_from(data) {
+            self.write_register(offset, u32::from_le_bytes(data));
+        } else {
+            tracing::debug!(device = self.info.name, offset, "register write of the wrong width");
+        }
+    }
+
+    fn write_register(&self, offset: u64, value: u32) {
+        match offset {
+            reg::QUEUE_NOTIFY => {
+                if let Some(wake) = self.doorbells.get(value as usize) {
+                    wake.wake();
+                }
+            }
+            reg::INTERRUPT_ACK => {
+                self.shared.interrupt_status.fetch_and(!value, Ordering::SeqCst);
+            }
+            reg::STATUS => self.write_status(&mut self.lock(), value),
+            _ => self.write_locked(offset, value, &mut self.lock()),
+        }
+    }
+
+    fn write_locked(&self, offset: u64, value: u32, inner: &mut Inner) {
+        let regs = &mut inner.regs;
+        match offset {
+            reg::DEVICE_FEATURES_SEL => regs.device_features_sel = value,
+            reg::DRIVER_FEATURES_SEL => regs.driver_features_sel = value,
+            reg::QUEUE_SEL => regs.queue_sel = value,
+            reg::SHM_SEL => regs.shm_sel = value,
+            reg::DRIVER_FEATURES => self.write_features(regs, value),
+            _ => self.write_queue(offset, value, inner),
+        }
+    }
+
+    fn write_features(&self, regs: &mut Regs, value: u32) {
+        // Section 3.1.1: after the driver has said that it is there, and before features are agreed.
+        if regs.status & status::DRIVER == 0 || regs.status & status::FEATURES_OK != 0 {
+            tracing::debug!(device = self.info.name, "features written out of turn");
+            return;
+        }
+        match regs.driver_features_sel {
+            0 => set_half(&mut regs.driver_features, 0, value),
+            1 => set_half(&mut regs.driver_features, 1, value),
+            _ => regs.beyond |= value != 0,
+        }
+    }
+
+    fn write_queue(&self, offset: u64, value: u32, inner: &mut Inner) {
+        let index = inner.regs.queue_sel as usize;
+        let (Some(queue), Some(&max)) = (inner.queues.get_mut(index), self.info.queue_sizes.get(index))
+        else {
+            tracing::debug!(device = self.info.name, offset, index, "write to no register or queue");
+            return;
+        };
+        // Section 4.2.2.1 forbids both.
+        if inner.regs.status & status::DRIVER_OK != 0 || queue.ready && offset != reg::QUEUE_READY {
+            tracing::debug!(device = self.info.name, offset, index, "queue changed while in use");
+            return;
+        }
+        match offset {
+            reg::QUEUE_NUM => queue.size = value,
+            reg::QUEUE_DESC => set_half(&mut queue.at.desc, 0, value),
+            0x084 => set_half(&mut queue.at.desc, 1, value),
+            reg::QUEUE_AVAIL => set_half(&mut queue.at.avail, 0, value),
+            0x094 => set_half(&mut queue.at.avail, 1, value),
+            reg::QUEUE_USED => set_half(&mut queue.at.used, 0, value),
+            0x0a4 => set_half(&mut queue.at.used, 1, value),
+            reg::QUEUE_READY if value == 0 => queue.ready = false,
+            reg::QUEUE_READY => match Queue::new(&self.memory, queue.size, max, queue.at, 0) {
+                Ok(_) => queue.ready = true,
+                Err(e) => tracing::debug!(device = self.info.name, index, "queue refused: {e}"),
+            },
+            _ => tracing::debug!(device = self.info.name, offset, "write to no register"),
+        }
+    }
+
+    /// Takes the status bits in the order of section 3.1.1, each only after the one before.
+    fn write_status(&self, inner: &mut Inner, value: u32) {
+        if value == 0 {
+            return self.reset(inner);
+        }
+        let new = value & !status::NEEDS_RESET;
+        let old = inner.regs.status;
+        if old & !new != 0 {
+            tracing::debug!(device = self.info.name, old, new, "status bits cleared without a reset");
+            return;
+        }
+        let regs = &mut inner.regs;
+        regs.status |= new & (status::ACKNOWLEDGE | status::FAILED);
+        if new & status::DRIVER != 0 && regs.status & status::ACKNOWLEDGE != 0 {
+            regs.status |= status::DRIVER;
+        }
+        if new & status::FEATURES_OK != 0 && regs.status & status::DRIVER != 0 {
+            let refused = regs.driver_features & !self.features();
+            if refused == 0 && !regs.beyond && regs.driver_features & 1 << feature::VERSION_1 != 0 {
+                regs.status |= status::FEATURES_OK;
+            } else {
+                tracing::debug!(device = self.info.name, refused, "features refused");
+            }
+        }
+        let ready = regs.status & (status::FEATURES_OK | status::DRIVER_OK) == status::FEATURES_OK;
+        if new & status::DRIVER_OK != 0 && ready {
+            regs.status |= status::DRIVER_OK;
+            if let Err(e) = self.activate(inner) {
+                tracing::warn!(device = self.info.name, "cannot start: {e}");
+                self.shared.broken();
+            }
+        }
+    }
+
+    /// Moves the device to a worker.
+    fn activate(&self, inner: &mut Inner) -> Result<(), DeviceError> {
+        let features = inner.regs.driver_features;
+        let mut queues = Vec::with_capacity(inner.queues.len());
+        for (queue, (q, &max)) in inner.queues.iter().zip(&self.info.queue_sizes).enumerate() {
+            queues.push(match q.ready {
+                true => Queue::new(&self.memory, q.size, max, q.at, features)
+                    .map_err(|source| DeviceError::Queue { queue, source })?,
+                false => Queue::default(),
+            });
+        }
+        let host = |what: &str| {
+            let what = what.to_owned();
+            move |source| DeviceError::Host { what, source }
+        };
+        let poll = Poll::new().map_err(host("create an event set"))?;
+        let State::Idle(device) = std::mem::replace(&mut inner.state, State::Gone) else {
+            let source = std::io::Error::other("the device is gone");
+            return Err(DeviceError::Host { what: "start the device".into(), source });
+        };
+        // The device is handed over once the thread exists: should none be had, it is still in here.
+        let (hand_over, engine) = mpsc::channel();
+        let drain = Arc::new(AtomicBool::new(false));
+        match self.spawn(engine, Arc::clone(&drain)) {
+            Ok(worker) => {
+                let shared = Arc::clone(&self.shared);
+                let interrupt = Interrupt::new(move |bits| shared.raise(bits));
+                let memory = self.memory.clone();
+                let _ = hand_over.send(Engine::new(device, memory, features, queues, poll, interrupt));
+                inner.state = State::Running { worker, drain };
+                Ok(())
+            }
+            Err(e) => {
+                inner.state = State::Idle(device);
+                Err(host("start the device's thread")(e))
+            }
+        }
+    }
+
+    fn spawn(
+        &self,
+        engine: mpsc::Receiver<Engine>,
+        drain: Arc<AtomicBool>,
+    ) -> std::io::Result<Worker<Option<Ended>>> {
+        let doorbells = self.doorbells.clone();
+        let (shared, supervisor) = (Arc::clone(&self.shared), Arc::clone(&self.shared));
+        let name = self.info.name.clone();
+        let on_panic = move |failure: Failure| (supervisor.fail)(failure.to_string());
+        Worker::spawn(&self.info.name, on_panic, move |stop| {
+            let engine = engine.recv().ok()?;
+            Some(worker::run(engine, &doorbells, &drain, stop, |e| {
+                tracing::warn!(device = name, "stopped until the driver resets it: {e}");
+                shared.broken();
+            }))
+        })
+    }
+
+    /// Back to where the driver found it, the device included.
+    fn reset(&self, inner: &mut Inner) {
+        inner.state = match std::mem::replace(&mut inner.state, State::Gone) {
+            // A device that panicked is lost, and the machine was told.
+            State::Running { worker, drain } => {
+                // A kernel that goes down resets its devices first (Linux does since 6.12): what it
+                // left with them must still arrive.
+                drain.store(true, Ordering::Release);
+                worker.stop().flatten().map_or(State::Gone, |(device, _)| State::Idle(device))
+            }
+            other => other,
+        };
+        inner.regs = Regs::default();
+        inner.queues.fill(QueueRegs::default());
+        for doorbell in &self.doorbells {
+            doorbell.take();
+        }
+        self.shared.needs_reset.store(false, Ordering::SeqCst);
+        self.shared.interrupt_status.store(0, Ordering::SeqCst);
+    }
+
+    /// Ends the device for good: with `drain` it first passes on what the driver had made available.
+    /// Waits for its current callback. A second call does nothing.
+    ///
+    /// # Errors
+    /// What could not be drained, or what had stopped the device before.
+    pub fn shutdown(&self, drain: bool) -> Result<(), DeviceError> {
+        let state = std::mem::replace(&mut self.lock().state, State::Gone);
+        let State::Running { worker, drain: wish } = state else { return Ok(()) };
+        wish.store(drain, Ordering::Release);
+        worker.stop().flatten().map_or(Ok(()), |(_, outcome)| outcome)
+    }
+}
+
+/// One half of a 64-bit register: `which` 0 is the low one, and there are no more than two.
+fn half(value: u64, which: u32) -> u32 {
+    match which {
+        0 => value as u32,
+        1 => (value >> 32) as u32,
+        _ => 0,
+    }
+}
+
+fn set_half(register: &mut u64, which: u32, value: u32) {
+    let shift = 32 * which;
+    *register = *register & !(u64::from(u32::MAX) << shift) | u64::from(value) << shift;
+}

@@ -1,0 +1,7 @@
+//! Tests of the whole: the device's side against the driver's side.
+
+mod life;
+mod mmio;
+mod notify;
+mod pair;
+mod queue;
