@@ -1,0 +1,224 @@
+//! The virtio side: configuration space and queues.
+
+use std::sync::Arc;
+
+use krun_virtio::{ConfigSpace, Cx, DeviceError, DeviceInfo, VirtioDevice};
+
+use super::server::Server;
+use super::{ExitSink, FsError, FsSpec, TAG_MAX, setup};
+
+/// Virtio device id of a file system.
+const DEVICE_ID: u32 = 26;
+/// FORGET and its like come here.
+const HIPRIO_SIZE: u16 = 128;
+/// Room for one request of 1 MiB in pages even without indirect descriptors.
+const REQUEST_SIZE: u16 = 1024;
+/// Transfers from this size on are reported to the guest at once, not with the next ones.
+const EAGER: u32 = 128 << 10;
+
+/// A file-system device.
+#[derive(Debug)]
+pub struct Fs {
+    tag: String,
+    server: Server,
+    config: Arc<Config>,
+}
+
+/// `struct virtio_fs_config`.
+#[derive(Debug)]
+struct Config([u8; TAG_MAX + 4]);
+
+impl Config {
+    fn new(tag: &str) -> Self {
+        let mut bytes = [0; TAG_MAX + 4];
+        for (to, from) in bytes[..TAG_MAX].iter_mut().zip(tag.bytes()) {
+            *to = from;
+        }
+        bytes[TAG_MAX..].copy_from_slice(&1u32.to_le_bytes());
+        Self(bytes)
+    }
+}
+
+impl ConfigSpace for Config {
+    fn read(&self, offset: u64, data: &mut [u8]) {
+        let from = usize::try_from(offset).ok().and_then(|at| self.0.get(at..)).unwrap_or_default();
+        for (i, byte) in data.iter_mut().enumerate() {
+            *byte = from.get(i).copied().unwrap_or(0);
+        }
+    }
+}
+
+impl Fs {
+    /// Opens the source and resolves the overlays.
+    ///
+    /// # Errors
+    /// See [`FsError`].
+    pub fn new(spec: FsSpec) -> Result<Self, FsError> {
+        let share = setup::share(&spec)?;
+        let server = Server::new(share, spec.exit_code.map(ExitSink));
+        Ok(Self { config: Arc::new(Config::new(&spec.tag)), tag: spec.tag, server })
+    }
+
+    /// The name by which the guest mounts it.
+    pub fn tag(&self) -> &str {
+        &self.tag
+    }
+
+    fn attach(&mut self) -> Result<(), DeviceError> {
+        self.server.attach().map_err(|source| DeviceError::Host {
+            what: format!("cannot give the thread of share {:?} an identity of its own", self.tag),
+            source,
+        })
+    }
+}
+
+impl VirtioDevice for Fs {
+    fn info(&self) -> DeviceInfo {
+        DeviceInfo {
+            id: DEVICE_ID,
+            name: format!("fs {}", self.tag),
+            features: 0,
+            queue_sizes: vec![HIPRIO_SIZE, REQUEST_SIZE],
+            shm: Vec::new(),
+        }
+    }
+
+    fn config(&self) -> Arc<dyn ConfigSpace> {
+        Arc::clone(&self.config) as Arc<dyn ConfigSpace>
+    }
+
+    fn start(&mut self, _cx: &mut Cx<'_>) -> Result<(), DeviceError> {
+        self.attach()
+    }
+
+    fn on_queue(&mut self, queue: usize, cx: &mut Cx<'_>) -> Result<(), DeviceError> {
+        self.attach()?;
+        while let Some(chain) = cx.pop(queue)? {
+            let mut reader = chain.reader(cx.memory());
+            let writer = chain.writer(cx.memory());
+            let written = self.server.serve(&mut reader, writer)?;
+            let moved = written.max(reader.consumed() as u32);
+            cx.complete(queue, chain, written)?;
+            if moved >= EAGER {
+                cx.flush(queue)?;
+            }
+        }
+        Ok(())
+    }
+
+    fn stop(&mut self) {
+        self.server.reset();
+    }
+}
+
+/// Serves `data` as a row of requests, each behind a length of two bytes, from a share of overlays and from a
+/// read-only share of a small directory below the temporary one. For fuzzing: nothing is changed on the host.
+#[doc(hidden)]
+pub fn fuzz_one(data: &[u8]) {
+    fuzz::run(data);
+}
+
+mod fuzz {
+    use std::cell::RefCell;
+    use std::path::PathBuf;
+
+    use krun_memory::VolatileSlice;
+
+    use super::super::flat::{FlatSink, FlatSource};
+    use super::super::{Content, FileData, Overlay};
+    use super::*;
+
+    /// The servers, and the directory that one of them shares.
+    struct Bench {
+        servers: Vec<Server>,
+        directory: Option<PathBuf>,
+    }
+
+    impl Drop for Bench {
+        fn drop(&mut self) {
+            if let Some(directory) = &self.directory {
+                let _ = std::fs::remove_dir_all(directory);
+            }
+        }
+    }
+
+    thread_local! {
+        static BENCH: RefCell<Bench> = RefCell::new(bench());
+    }
+
+    fn overlay(path: &str, content: Content) -> Overlay {
+        Overlay { path: PathBuf::from(path), content, listed: true }
+    }
+
+    fn bench() -> Bench {
+        let bytes = FileData::from(&b"contents"[..]);
+        let overlays = vec![
+            overlay("d", Content::Dir { mode: 0o755 }),
+            overlay("d/f", Content::File { data: bytes.clone(), mode: 0o644, one_shot: false }),
+            overlay("once", Content::File { data: bytes, mode: 0o755, one_shot: true }),
+        ];
+        let spec = |source, read_only| FsSpec {
+            tag: "fuzz".into(),
+            source,
+            read_only,
+            overlays: overlays.clone(),
+            ..FsSpec::default()
+        };
+        let directory = directory();
+        let servers = [spec(None, false), spec(directory.clone(), true)]
+            .iter()
+            .filter_map(|s| setup::share(s).ok())
+            .map(|share| Server::new(share, None))
+            .collect();
+        Bench { servers, directory }
+    }
+
+    /// A directory with one of each kind of entry.
+    fn directory() -> Option<PathBuf> {
+        let name = format!("krun-fuzz-{}-{:?}", std::process::id(), std::thread::current().id());
+        let dir = std::env::temp_dir().join(name);
+        std::fs::create_dir_all(dir.join("sub")).ok()?;
+        std::fs::write(dir.join("sub/file"), b"some bytes").ok()?;
+        let _ = std::os::unix::fs::symlink("/etc/passwd", dir.join("link"));
+        Some(dir)
+    }
+
+    pub fn run(data: &[u8]) {
+        BENCH.with_borrow_mut(|bench| {
+            for server in &mut bench.servers {
+                server.reset();
+                if server.attach().is_ok() {
+                    row(server, &init());
+                    row(server, data);
+                }
+            }
+        });
+    }
+
+    /// INIT with all that there is, so that the rest is not refused for want of it.
+    fn init() -> Vec<u8> {
+        let words = [60u32, 26, 1, 0, 0, 0, 0, 0, 0, 0, 7, 41, 0, u32::MAX, 0];
+        let request = words.iter().flat_map(|w| w.to_le_bytes());
+        60u16.to_le_bytes().into_iter().chain(request).collect()
+    }
+
+    fn row(server: &mut Server, data: &[u8]) {
+        let mut rest = data;
+        let mut room = vec![0u8; 4096 + 16];
+        while let Some((len, after)) = rest.split_first_chunk::<2>() {
+            let len = usize::from(u16::from_le_bytes(*len)).min(after.len());
+            let (request, after) = after.split_at(len);
+            rest = after;
+            let mut request = request.to_vec();
+            // The lengths of real requests agree with themselves; that alone need not be guessed.
+            if let Some(field) = request.first_chunk_mut::<4>() {
+                *field = (len as u32).to_le_bytes();
+            }
+            let mut source = FlatSource::new(vec![VolatileSlice::from(&mut request[..])]);
+            let sink = FlatSink::new(vec![VolatileSlice::from(&mut room[..])]);
+            if let Ok(n) = server.serve(&mut source, sink) {
+                assert!(n as usize <= room.len(), "a reply is longer than its room");
+            }
+        }
+    }
+}

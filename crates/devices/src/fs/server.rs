@@ -1,0 +1,432 @@
+//! The conversation: a request in, a reply out.
+
+use std::time::Duration;
+
+use krun_virtio::DeviceError;
+use rustix::io::Errno;
+
+use super::abi::{self, Attr, InHeader, InitFlags, OUT_HEADER, Put, op, out_header};
+use super::io::{Sink, Source};
+use super::passthrough::{Entry, New, Result, Share, Who};
+use super::request::{BODY_MAX, Request, WRITE_IN};
+use super::{DataCache, ExitSink};
+
+/// Largest WRITE and READ in pages of 4 KiB.
+const MAX_PAGES: u16 = 256;
+/// Largest READDIR reply.
+const READDIR_MAX: usize = 1 << 20;
+/// IOCTL that reports the guest's exit status.
+const IOCTL_EXIT: u32 = 0x7602;
+
+/// What INIT agreed on.
+#[derive(Debug, Clone, Copy, Default)]
+struct Session {
+    ready: bool,
+    setxattr_ext: bool,
+}
+
+/// Serves the requests of one guest to one share.
+#[derive(Debug)]
+pub struct Server {
+    share: Share,
+    exit: Option<ExitSink>,
+    session: Session,
+    /// Bodies of requests, and replies with their head; kept for the next.
+    body: Vec<u8>,
+    reply: Vec<u8>,
+}
+
+impl Server {
+    /// A server of `share`; IOCTL 0x7602 reports to `exit`.
+    pub fn new(share: Share, exit: Option<ExitSink>) -> Self {
+        Self { share, exit, session: Session::default(), body: Vec::new(), reply: Vec::new() }
+    }
+
+    /// The share.
+    #[cfg(test)]
+    pub fn share(&self) -> &Share {
+        &self.share
+    }
+
+    /// Prepares the calling thread.
+    ///
+    /// # Errors
+    /// The host's reason.
+    pub fn attach(&mut self) -> std::io::Result<()> {
+        self.share.attach()
+    }
+
+    /// Forgets the guest.
+    pub fn reset(&mut self) {
+        self.share.reset();
+        self.session = Session::default();
+    }
+
+    /// Serves one request and returns the number of bytes stored in `sink`.
+    ///
+    /// # Errors
+    /// A request too short for its head, or no room for even the head of a reply: there is nothing sensible
+    /// to answer.
+    pub fn serve<'m>(
+        &mut self,
+        source: &mut impl Source<'m>,
+        mut sink: impl Sink<'m>,
+    ) -> std::result::Result<u32, DeviceError> {
+        let mut head = [0; InHeader::SIZE];
+        if !source.fill(&mut head) {
+            return Err(DeviceError::Driver("a file-system request is shorter than its head".into()));
+        }
+        let head = InHeader::parse(&head);
+        if !Request::wants_reply(head.opcode) {
+            self.one_way(&head, source);
+            return Ok(0);
+        }
+        if sink.remaining() < OUT_HEADER {
+            return Err(DeviceError::Driver(format!(
+                "no room for a reply to file-system operation {}",
+                head.opcode
+            )));
+        }
+        let result = match head.opcode {
+            op::READ => self.read(&head, source, &mut sink),
+            _ => self.buffered(&head, source, sink.remaining()),
+        };
+        let len = match result {
+            Ok(Done::Stored(len)) => return Ok(len),
+            Ok(Done::Reply) => {
+                let len = self.reply.len() as u32;
+                self.reply[..OUT_HEADER].copy_from_slice(&out_header(len, 0, head.unique));
+                sink.put(&self.reply).then_some(len)
+            }
+            Err(e) => {
+                tracing::trace!(op = head.opcode, node = head.nodeid, errno = e.raw_os_error(), "refused");
+                let len = OUT_HEADER as u32;
+                sink.put(&out_header(len, e.raw_os_error(), head.unique)).then_some(len)
+            }
+        };
+        len.ok_or_else(|| DeviceError::Driver("the room for a reply went away".into()))
+    }
+
+    /// Takes the body of a request in, WRITE's data aside, and parses it.
+    fn with_body<'m, S: Source<'m>, T>(
+        &mut self,
+        head: &InHeader,
+        source: &mut S,
+        then: impl FnOnce(&mut Self, Request<'_>, &mut S) -> Result<T>,
+    ) -> Result<T> {
+        let claimed = (head.len as usize).checked_sub(InHeader::SIZE).ok_or(Errno::INVAL)?;
+        if claimed > source.remaining() {
+            return Err(Errno::INVAL);
+        }
+        let len = if head.opcode == op::WRITE { WRITE_IN } else { claimed };
+        if len > claimed {
+            return Err(Errno::INVAL);
+        }
+        if len > BODY_MAX {
+            return Err(Errno::TOOBIG);
+        }
+        let mut body = std::mem::take(&mut self.body);
+        body.resize(len, 0);
+        let r = if source.fill(&mut body) {
+            Request::parse(head, &body, self.session.setxattr_ext).and_then(|r| then(self, r, source))
+        } else {
+            Err(Errno::INVAL)
+        };
+        self.body = body;
+        r
+    }
+
+    /// FORGET and its like, which have no reply, so nowhere to put an error.
+    fn one_way<'m>(&mut self, head: &InHeader, source: &mut impl Source<'m>) {
+        let _ = self.with_body(head, source, |me, request, _| {
+            match request {
+                Request::Forget { nlookup } => me.share.forget(head.nodeid, nlookup),
+                Request::BatchForget(list) => {
+                    for (node, n) in list.iter() {
+                        me.share.forget(node, n);
+                    }
+                }
+                _ => {}
+            }
+            Ok(())
+        });
+    }
+
+    /// READ: the data go straight to where the guest wants them.
+    fn read<'m, K: Sink<'m>>(
+        &mut self,
+        head: &InHeader,
+        source: &mut impl Source<'m>,
+        sink: &mut K,
+    ) -> Result<Done> {
+        self.with_body(head, source, |me, request, _| {
+            let Request::Read { fh, offset, size } = request else { return Err(Errno::INVAL) };
+            me.check_ready()?;
+            let mut data = sink.split_at(OUT_HEADER);
+            let size = (size as usize).min(data.remaining());
+            let n = me.share.read(fh, offset, size, &mut data)?;
+            let len = (OUT_HEADER + n) as u32;
+            if !sink.put(&out_header(len, 0, head.unique)) {
+                return Err(Errno::IO);
+            }
+            Ok(Done::Stored(len))
+        })
+    }
+
+    /// All others: the reply is built here first.
+    fn buffered<'m>(&mut self, head: &InHeader, source: &mut impl Source<'m>, room: usize) -> Result<Done> {
+        self.with_body(head, source, |me, request, source| {
+            let mut out = std::mem::take(&mut me.reply);
+            out.clear();
+            out.resize(OUT_HEADER, 0);
+            let r = me.dispatch(head, request, source, room, &mut out);
+            // What an INIT of an older guest has no room for is cut off, as the protocol has it.
+            if head.opcode == op::INIT {
+                out.truncate(room);
+            }
+            let fits = out.len() <= room;
+            me.reply = out;
+            match r {
+                Ok(()) if !fits => Err(Errno::IO),
+                Ok(()) => Ok(Done::Reply),
+                Err(e) => Err(e),
+            }
+        })
+    }
+
+    fn check_ready(&self) -> Result<()> {
+        if self.session.ready { Ok(()) } else { Err(Errno::IO) }
+    }
+
+    fn dispatch<'m>(
+        &mut self,
+        head: &InHeader,
+        request: Request<'_>,
+        source: &mut impl Source<'m>,
+        room: usize,
+        out: &mut Vec<u8>,
+    ) -> Result<()> {
+        let node = head.nodeid;
+        match request {
+            Request::Init { major, minor, max_readahead, flags } => {
+                return self.init(major, minor, max_readahead, InitFlags::from_bits_retain(flags), out);
+            }
+            Request::Destroy => {
+                self.reset();
+                return Ok(());
+            }
+            Request::Unserved => return Err(Errno::NOSYS),
+            _ => self.check_ready()?,
+        }
+        if request.changes() {
+            if self.share.is_read_only() {
+                return Err(Errno::ROFS);
+            }
+            self.share.keep_set_ids(!request.kills_priv())?;
+        }
+        let who = Who { uid: head.uid, gid: head.gid };
+        let share = &mut self.share;
+        match request {
+            Request::Lookup { name } => put_entry(out, &share.lookup(node, name)?),
+            Request::GetAttr { fh } => put_attr(out, share.getattr(node, fh)?),
+            Request::Statx { fh } => put_statx(out, share.getattr(node, fh)?),
+            Request::SetAttr(set) => put_attr(out, share.setattr(node, &set)?),
+            Request::ReadLink => share.readlink(node, out)?,
+            Request::Symlink { name, target } => {
+                put_entry(out, &share.make(node, name, New::Symlink { target }, who)?);
+            }
+            Request::MkNod { name, mode, rdev } => {
+                put_entry(out, &share.make(node, name, New::Node { mode, rdev }, who)?);
+            }
+            Request::MkDir { name, mode } => {
+                put_entry(out, &share.make(node, name, New::Dir { mode }, who)?);
+            }
+            Request::Unlink { name } => share.remove(node, name, false)?,
+            Request::RmDir { name } => share.remove(node, name, true)?,
+            Request::Rename { new_dir, flags, from, to } => {
+                share.rename((node, from), (new_dir, to), flags, who)?;
+            }
+            Request::Link { old, name } => put_entry(out, &share.link(old, node, name)?),
+            Request::StatFs => share.statfs(node, out)?,
+            Request::Access { mask } => share.access(node, mask, who)?,
+            Request::SetXattr { name, value, flags, .. } => share.setxattr(node, name, value, flags)?,
+            Request::GetXattr { name, size } => {
+                let n = share.getxattr(node, name, size.min(room as u32), out)?;
+                put_size(out, size, n);
+            }
+            Request::ListXattr { size } => {
+                let n = share.listxattr(node, size.min(room as u32), out)?;
+                put_size(out, size, n);
+            }
+            Request::RemoveXattr { name } => share.removexattr(node, name)?,
+            Request::SyncFs => share.sync()?,
+            Request::Ioctl { cmd, arg } => self.ioctl(cmd, arg, out)?,
+            _ => self.on_files(node, request, source, room, who, out)?,
+        }
+        Ok(())
+    }
+
+    /// Requests about open files and directories.
+    fn on_files<'m>(
+        &mut self,
+        node: u64,
+        request: Request<'_>,
+        source: &mut impl Source<'m>,
+        room: usize,
+        who: Who,
+        out: &mut Vec<u8>,
+    ) -> Result<()> {
+        let share = &mut self.share;
+        match request {
+            Request::Open { flags, .. } => {
+                let (fh, flags) = share.open(node, flags)?;
+                out.open(fh, flags);
+            }
+            Request::OpenDir => {
+                let (fh, flags) = share.opendir(node)?;
+                out.open(fh, flags);
+            }
+            Request::Create { name, flags, mode, .. } => {
+                put_created(out, share.create(node, name, flags, mode, who)?);
+            }
+            Request::TmpFile { flags, mode } => put_created(out, share.tmpfile(node, flags, mode, who)?),
+            Request::Write { fh, offset, size, .. } => {
+                let data = source.take(size as usize);
+                let n = share.write(fh, offset, &data, size as usize)?;
+                out.u32(n as u32);
+                out.u32(0);
+            }
+            Request::ReadDir { fh, offset, size, plus } => {
+                let size = (size as usize).min(room.saturating_sub(OUT_HEADER)).min(READDIR_MAX);
+                share.readdir(fh, offset, size, plus, out)?;
+            }
+            Request::Release { fh } | Request::ReleaseDir { fh } => share.release(fh)?,
+            Request::Fsync { fh, data_only } | Request::FsyncDir { fh, data_only } => {
+                share.fsync(fh, data_only)?;
+            }
+            Request::Flush { fh } => share.flush(fh)?,
+            Request::Fallocate { fh, offset, length, mode } => share.fallocate(fh, offset, length, mode)?,
+            Request::Lseek { fh, offset, whence } => out.u64(share.lseek(fh, offset, whence)?),
+            Request::CopyFileRange { fh_in, off_in, fh_out, off_out, len } => {
+                let n = share.copy_range((fh_in, off_in), (fh_out, off_out), len)?;
+                out.u32(n as u32);
+                out.u32(0);
+            }
+            _ => return Err(Errno::NOSYS),
+        }
+        Ok(())
+    }
+
+    fn init(
+        &mut self,
+        major: u32,
+        minor: u32,
+        max_readahead: u32,
+        offered: InitFlags,
+        out: &mut Vec<u8>,
+    ) -> Result<()> {
+        if major < abi::MAJOR || (major == abi::MAJOR && minor < abi::MINOR_MIN) {
+            return Err(Errno::PROTO);
+        }
+        // A newer major begins again with ours; the rest of the reply does not count then.
+        self.share.reset();
+        let mut wanted = InitFlags::ASYNC_READ
+            | InitFlags::ATOMIC_O_TRUNC
+            | InitFlags::BIG_WRITES
+            | InitFlags::DO_READDIRPLUS
+            | InitFlags::READDIRPLUS_AUTO
+            | InitFlags::ASYNC_DIO
+            | InitFlags::PARALLEL_DIROPS
+            | InitFlags::MAX_PAGES
+            | InitFlags::CACHE_SYMLINKS
+            | InitFlags::HANDLE_KILLPRIV_V2
+            | InitFlags::SETXATTR_EXT
+            | InitFlags::INIT_EXT;
+        if self.share.cache().data != DataCache::Always {
+            wanted |= InitFlags::AUTO_INVAL_DATA;
+        }
+        let agreed = wanted & offered;
+        self.session =
+            Session { ready: major == abi::MAJOR, setxattr_ext: agreed.contains(InitFlags::SETXATTR_EXT) };
+        out.u32(abi::MAJOR);
+        out.u32(minor.min(abi::MINOR));
+        out.u32(max_readahead);
+        out.u32(agreed.bits() as u32);
+        // Requests in the background, and where the guest begins to slow its writers down.
+        out.u16(64);
+        out.u16(48);
+        out.u32(u32::from(MAX_PAGES) * 4096);
+        // Time stamps to the nanosecond.
+        out.u32(1);
+        out.u16(MAX_PAGES);
+        out.u16(0);
+        out.u32((agreed.bits() >> 32) as u32);
+        out.raw(&[0; 28]);
+        Ok(())
+    }
+
+    fn ioctl(&mut self, cmd: u32, arg: u64, out: &mut Vec<u8>) -> Result<()> {
+        match &self.exit {
+            Some(exit) if cmd == IOCTL_EXIT => exit.set(arg as i32),
+            _ => return Err(Errno::NOTTY),
+        }
+        out.raw(&[0; 16]);
+        Ok(())
+    }
+}
+
+/// What became of a request.
+#[derive(Debug)]
+enum Done {
+    /// Its reply is in the buffer.
+    Reply,
+    /// Its reply of so many bytes is with the guest.
+    Stored(u32),
+}
+
+fn put_entry(out: &mut Vec<u8>, e: &Entry) {
+    out.entry(e.node, &e.attr, e.valid);
+}
+
+fn put_created(out: &mut Vec<u8>, (entry, fh, flags): (Entry, u64, u32)) {
+    put_entry(out, &entry);
+    out.open(fh, flags);
+}
+
+fn put_attr(out: &mut Vec<u8>, (attr, valid): (Attr, Duration)) {
+    out.attr_out(&attr, valid);
+}
+
+/// The reply to a question for a length.
+fn put_size(out: &mut Vec<u8>, asked: u32, len: usize) {
+    if asked == 0 {
+        out.u32(len as u32);
+        out.u32(0);
+    }
+}
+
+fn put_statx(out: &mut Vec<u8>, (a, valid): (Attr, Duration)) {
+    out.u64(valid.as_secs());
+    out.u32(valid.subsec_nanos());
+    for _ in 0..5 {
+        out.u32(0);
+    }
+    let birth = if a.btime.is_some() { 0x800 } else { 0 };
+    out.u32(0x7ff | birth);
+    out.u32(a.blksize);
+    out.u64(0);
+    for v in [a.nlink, a.uid, a.gid, a.mode & 0xffff] {
+        out.u32(v);
+    }
+    for v in [a.ino, a.size, a.blocks, 0] {
+        out.u64(v);
+    }
+    for t in [a.atime, a.btime.unwrap_or_default(), a.ctime, a.mtime] {
+        out.u64(t.sec as u64);
+        out.u64(t.nsec.into());
+    }
+    for v in [a.rdev_major, a.rdev_minor, 0, 0] {
+        out.u32(v);
+    }
+    out.raw(&[0; 14 * 8]);
+}

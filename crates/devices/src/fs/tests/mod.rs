@@ -1,0 +1,14 @@
+//! The server driven by a small FUSE client, against directories of the host.
+
+mod client;
+mod confine;
+mod kernel;
+mod mounts;
+mod ops;
+mod overlays;
+mod owners;
+mod queue;
+mod random;
+mod read_only;
+mod scale;
+mod twin;

@@ -1,0 +1,117 @@
+//! Through the rings, with the driver for tests.
+
+use std::fs;
+use std::sync::Arc;
+
+use krun_virtio::VirtioDevice;
+use krun_virtio::mock::{Harness, Used};
+
+use super::client::{longs, u32_at, u64_at, words};
+use crate::fs::abi::op;
+use crate::fs::{ExitCode, Fs, FsSpec};
+
+const HIPRIO: usize = 0;
+const REQUESTS: usize = 1;
+
+fn head(op: u32, node: u64, len: usize) -> Vec<u8> {
+    [words(&[40 + len as u32, op]), longs(&[9, node]), words(&[0; 4])].concat()
+}
+
+fn send(h: &mut Harness, op: u32, node: u64, body: &[u8], room: &[u32]) -> Used {
+    let room: Vec<u32> = std::iter::once(16).chain(room.iter().copied()).collect();
+    h.request(REQUESTS, &[&head(op, node, body.len()), body], &room).unwrap()
+}
+
+fn device() -> (tempfile::TempDir, Arc<ExitCode>, Harness) {
+    let dir = tempfile::tempdir().unwrap();
+    let exit = Arc::new(ExitCode::new());
+    let spec = FsSpec {
+        tag: "share".into(),
+        source: Some(dir.path().to_owned()),
+        exit_code: Some(Arc::clone(&exit)),
+        ..FsSpec::default()
+    };
+    let mut h = Harness::new(Fs::new(spec).unwrap());
+    init(&mut h);
+    (dir, exit, h)
+}
+
+fn init(h: &mut Harness) {
+    let init = send(h, op::INIT, 0, &words(&[7, 41, 1 << 17, u32::MAX, 0]), &[64]);
+    assert_eq!((init.written, u32_at(&init.data, 4)), (80, 0));
+}
+
+#[test]
+fn the_configuration_is_that_of_a_file_system() {
+    let tag = "x".repeat(36);
+    let fs = Fs::new(FsSpec { tag: tag.clone(), ..FsSpec::default() }).unwrap();
+    let info = fs.info();
+    assert_eq!((info.id, info.queue_sizes.len(), info.features), (26, 2, 0));
+    let mut config = [0xffu8; 44];
+    fs.config().read(0, &mut config);
+    assert_eq!(&config[..36], tag.as_bytes());
+    assert_eq!((u32_at(&config, 36), u32_at(&config, 40)), (1, 0));
+    let mut past = [1u8; 4];
+    fs.config().read(u64::MAX, &mut past);
+    assert_eq!(past, [0; 4]);
+}
+
+#[test]
+fn a_megabyte_goes_both_ways_in_pages() {
+    let (dir, _, mut h) = device();
+    let data: Vec<u8> = (0..1u32 << 20).map(|i| ((i * 31) >> 3) as u8).collect();
+    let create = [words(&[2, 0o600, 0, 0]), b"big\0".to_vec()].concat();
+    let made = send(&mut h, op::CREATE, 1, &create, &[128, 16]);
+    let fh = u64_at(&made.data, 16 + 128);
+    let write = [longs(&[fh, 0]), words(&[1 << 20, 0, 0, 0, 0, 0])].concat();
+    let request = head(op::WRITE, 0, write.len() + data.len());
+    let parts: Vec<&[u8]> = [&request[..], &write[..]].into_iter().chain(data.chunks(4096)).collect();
+    let done = h.request(REQUESTS, &parts, &[16, 8]).unwrap();
+    assert_eq!((u32_at(&done.data, 4), u32_at(&done.data, 16)), (0, 1 << 20));
+    assert!(fs::read(dir.path().join("big")).unwrap() == data);
+    let read = [longs(&[fh, 0]), words(&[1 << 20, 0, 0, 0, 0, 0])].concat();
+    let back = send(&mut h, op::READ, 0, &read, &[4096; 256]);
+    assert_eq!(back.written, 16 + (1 << 20));
+    assert!(back.data[16..] == data[..]);
+    // The end of the file: fewer bytes than room.
+    let tail = [longs(&[fh, (1 << 20) - 5]), words(&[8192, 0, 0, 0, 0, 0])].concat();
+    let back = send(&mut h, op::READ, 0, &tail, &[4096, 4096]);
+    assert_eq!((back.written, u32_at(&back.data, 0)), (21, 21));
+}
+
+#[test]
+fn forgets_come_on_their_own_queue() {
+    let (dir, _, mut h) = device();
+    fs::write(dir.path().join("f"), "").unwrap();
+    let found = send(&mut h, op::LOOKUP, 1, b"f\0", &[128]);
+    let node = u64_at(&found.data, 16);
+    let attr = |h: &mut Harness| u32_at(&send(h, op::GETATTR, node, &[0; 16], &[104]).data, 4) as i32;
+    assert_eq!(attr(&mut h), 0);
+    let done = h.request(HIPRIO, &[&head(op::FORGET, node, 8), &longs(&[1])], &[]).unwrap();
+    assert_eq!(done.written, 0);
+    assert_eq!(attr(&mut h), -libc::ESTALE);
+}
+
+#[test]
+fn a_reset_forgets_the_guest() {
+    let (dir, exit, mut h) = device();
+    fs::write(dir.path().join("f"), "").unwrap();
+    let node = u64_at(&send(&mut h, op::LOOKUP, 1, b"f\0", &[128]).data, 16);
+    let ioctl = [longs(&[0]), words(&[0, 0x7602]), longs(&[3]), words(&[0, 0])].concat();
+    send(&mut h, op::IOCTL, 1, &ioctl, &[16]);
+    assert_eq!(exit.get(), Some(3));
+    h.restart().unwrap();
+    let early = send(&mut h, op::GETATTR, 1, &[0; 16], &[104]);
+    assert_eq!(u32_at(&early.data, 4) as i32, -libc::EIO);
+    init(&mut h);
+    let stale = send(&mut h, op::GETATTR, node, &[0; 16], &[104]);
+    assert_eq!(u32_at(&stale.data, 4) as i32, -libc::ESTALE);
+}
+
+#[test]
+fn a_chain_that_is_no_request_stops_the_device() {
+    let (_dir, _, mut h) = device();
+    assert!(h.request(REQUESTS, &[&[0; 10]], &[16]).is_err());
+    let (_dir, _, mut h) = device();
+    assert!(h.request(REQUESTS, &[&head(op::GETATTR, 1, 16), &[0; 16]], &[8]).is_err());
+}

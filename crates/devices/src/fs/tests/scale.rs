@@ -1,0 +1,144 @@
+//! Many files, few descriptors.
+
+use std::fs;
+use std::process::Command;
+
+use super::client::{Client, ROOT, longs, words};
+use crate::fs::abi::op;
+use crate::fs::{FsSpec, setup};
+
+fn small(descriptors: usize) -> Client {
+    let dir = tempfile::tempdir().unwrap();
+    let spec = FsSpec { source: Some(dir.path().to_owned()), ..FsSpec::default() };
+    Client::build(dir, spec, |_| {}, descriptors)
+}
+
+#[test]
+fn twenty_thousand_files_with_thirty_two_descriptors() {
+    let mut c = small(32);
+    let mut nodes = Vec::new();
+    for d in 0..200 {
+        let path = c.path(&format!("d{d}"));
+        fs::create_dir(&path).unwrap();
+        for f in 0..100 {
+            fs::write(path.join(format!("f{f}")), format!("{d}/{f}")).unwrap();
+        }
+    }
+    for d in 0..200 {
+        let dir = c.walk(&format!("d{d}")).unwrap().node;
+        nodes.push((dir, None));
+        for e in c.list(dir, true).unwrap() {
+            if e.node != 0 {
+                nodes.push((e.node, Some(format!("{d}/{}", &String::from_utf8_lossy(&e.name)[1..]))));
+            }
+        }
+    }
+    assert_eq!(c.counts().0, 20_201);
+    assert!(c.counts().2 <= 32);
+    // In an order that no cache likes.
+    for i in (0..nodes.len()).map(|i| i * 7919 % nodes.len()) {
+        if let (node, Some(text)) = &nodes[i] {
+            assert_eq!(c.contents(*node).unwrap(), text.as_bytes());
+        }
+    }
+    assert!(c.counts().2 <= 32);
+    for (node, _) in nodes {
+        c.forget(node, 1);
+    }
+    assert_eq!(c.counts(), (1, 0, 0));
+}
+
+#[test]
+fn evicted_directories_are_found_after_moves_on_the_host() {
+    let mut c = small(1);
+    fs::create_dir_all(c.path("a/b/c")).unwrap();
+    fs::write(c.path("a/b/c/f"), "deep").unwrap();
+    fs::create_dir(c.path("x")).unwrap();
+    let f = c.walk("a/b/c/f").unwrap().node;
+    let x = c.walk("x").unwrap().node;
+    assert_eq!(c.contents(f).unwrap(), b"deep");
+    // Each of these takes the only place.
+    c.list(x, false).unwrap();
+    c.getattr(x).unwrap();
+    fs::rename(c.path("a/b"), c.path("x/b")).unwrap();
+    match c.contents(f) {
+        // Found by file handle.
+        Ok(data) => assert_eq!(data, b"deep"),
+        // No file handles here: the guest looks it up again.
+        Err(e) => assert_eq!(e, libc::ESTALE),
+    }
+    let again = c.walk("x/b/c/f").unwrap();
+    assert_eq!((again.node, c.contents(f).unwrap()), (f, b"deep".to_vec()));
+}
+
+#[test]
+fn batches_of_forgets_count() {
+    let mut c = small(8);
+    let mut list = Vec::new();
+    for i in 0..10u64 {
+        let name = std::ffi::CString::new(format!("f{i}")).unwrap();
+        let node = c.mknod(ROOT, &name, libc::S_IFREG | 0o600, 0).unwrap().node;
+        for _ in 0..i {
+            c.lookup(ROOT, &name).unwrap();
+        }
+        list.push((node, i + 1));
+    }
+    let send = |c: &mut Client, list: &[(u64, u64)]| {
+        let pairs: Vec<u64> = list.iter().flat_map(|(n, k)| [*n, *k]).collect();
+        c.call(op::BATCH_FORGET, 0, &[&words(&[list.len() as u32, 0]), &longs(&pairs)]).unwrap();
+    };
+    let less: Vec<_> = list.iter().map(|(n, k)| (*n, k - 1)).collect();
+    send(&mut c, &less);
+    assert_eq!(c.counts().0, 11);
+    send(&mut c, &list.iter().map(|(n, _)| (*n, 1)).collect::<Vec<_>>());
+    assert_eq!(c.counts().0, 1);
+}
+
+/// In a process of its own, for the limit is the process's.
+#[test]
+fn running_out_of_descriptors_is_an_error_like_any_other() {
+    const MARK: &str = "KRUN_FS_TEST_LIMIT";
+    if std::env::var_os(MARK).is_none() {
+        let name = "fs::tests::scale::running_out_of_descriptors_is_an_error_like_any_other";
+        let status = Command::new(std::env::current_exe().unwrap())
+            .args(["--exact", name, "--test-threads=1"])
+            .env(MARK, "1")
+            .status()
+            .unwrap();
+        assert!(status.success());
+        return;
+    }
+    let mut c = small(1000);
+    for i in 0..100 {
+        fs::write(c.path(&format!("f{i}")), "x").unwrap();
+    }
+    let limit = rustix::process::Rlimit { current: Some(64), maximum: Some(64) };
+    rustix::process::setrlimit(rustix::process::Resource::Nofile, limit).unwrap();
+    let nodes: Vec<_> = (0..100).map(|i| c.walk(&format!("f{i}")).unwrap().node).collect();
+    let mut open = Vec::new();
+    let mut refused = 0;
+    for n in &nodes {
+        match c.open(*n, libc::O_RDONLY) {
+            Ok((fh, _)) => open.push(fh),
+            Err(e) => {
+                assert_eq!(e, libc::EMFILE);
+                refused += 1;
+            }
+        }
+    }
+    // Cached descriptors make way for open files.
+    assert!(refused > 0 && open.len() > 40, "{} open, {refused} refused", open.len());
+    for fh in open {
+        c.release(fh).unwrap();
+    }
+    for n in nodes {
+        assert_eq!(c.contents(n).unwrap(), b"x");
+    }
+}
+
+#[test]
+fn the_soft_limit_is_raised_to_the_hard_one() {
+    let hard = setup::raise_nofile().unwrap();
+    let now = rustix::process::getrlimit(rustix::process::Resource::Nofile);
+    assert_eq!((now.current, now.maximum), (hard, hard));
+}

@@ -1,0 +1,9 @@
+//! The devices of the machine. Each is a [`krun_virtio::VirtioDevice`] made from a spec of plain data; none
+//! knows the hypervisor. System calls that need `unsafe` are in `sys` modules.
+
+pub mod console;
+pub mod fs;
+pub mod legacy;
+pub mod rng;
+mod sys;
+pub mod tty;

@@ -1,0 +1,3 @@
+//! System calls that several devices need.
+
+pub(crate) mod signals;
