@@ -1,0 +1,295 @@
+//! Running a machine: vCPU threads, devices, and the end of both.
+
+mod bus;
+mod end;
+mod off;
+mod ram;
+#[cfg(test)]
+mod tests;
+mod vcpu;
+
+use std::sync::atomic::{AtomicU32, Ordering};
+use std::sync::{Arc, Mutex, PoisonError, mpsc};
+use std::thread::{Builder, JoinHandle};
+
+use krun_devices::legacy::{Ports, Serial};
+use krun_hv::{BootState, DoorbellGuard, ExitCounts, Hypervisor, MapGuard, Platform, Prot, Vm, VmConfig};
+use krun_memory::{GuestAddress, GuestMemory};
+use krun_virtio::{MmioTransport, VirtioDevice, mmio::reg};
+use rustix::rand::{GetRandomFlags, getrandom};
+
+use crate::board::{Board, SERIAL_IRQ, Slot};
+use crate::boot::{BootError, BootImage, Payload};
+use crate::sys::{memory::physical_address_bits, signals};
+use crate::{Error, SerialSpec, Spec};
+use bus::Bus;
+use end::End;
+pub use end::Outcome;
+use off::OffWatch;
+use ram::{Plan, Ram};
+
+/// Room for a vCPU thread: it handles one exit at a time.
+const STACK: usize = 256 << 10;
+
+/// Starts machines.
+#[derive(Debug)]
+pub struct Machine;
+
+/// A machine that runs. Dropping it ends the machine and waits for that.
+#[derive(Debug)]
+pub struct Running {
+    end: Arc<End>,
+    threads: Mutex<Vec<JoinHandle<()>>>,
+}
+
+/// What vCPU threads share and the last of them takes down.
+pub(crate) struct Inner<V: Vm> {
+    // Dropped in this order: nothing may reach the guest's memory once it is taken away.
+    bus: Bus,
+    _doorbells: Vec<DoorbellGuard>,
+    _maps: Vec<MapGuard>,
+    memory: GuestMemory,
+    vm: V,
+    end: Arc<End>,
+    off: OffWatch,
+    /// vCPU threads that have not ended.
+    left: AtomicU32,
+}
+
+impl Machine {
+    /// Builds a machine of `spec` with `devices`, in the order of their slots, and starts it.
+    ///
+    /// # Errors
+    /// What cannot work, with the value that is wrong. Nothing is left behind.
+    pub fn start(spec: Spec, devices: Vec<Box<dyn VirtioDevice>>) -> Result<Running, Error> {
+        // Before the host is asked for anything, so that the message is about the value.
+        spec.validate()?;
+        start_on(&Platform::open()?, spec, devices)
+    }
+}
+
+fn seed() -> Result<[u8; 32], BootError> {
+    let mut seed = [0u8; 32];
+    getrandom(&mut seed, GetRandomFlags::empty()).map_err(|e| BootError::Seed(e.into()))?;
+    Ok(seed)
+}
+
+/// [`Machine::start`] on any hypervisor.
+pub(crate) fn start_on<H: Hypervisor>(
+    hypervisor: &H,
+    spec: Spec,
+    devices: Vec<Box<dyn VirtioDevice>>,
+) -> Result<Running, Error> {
+    spec.validate()?;
+    let infos: Vec<_> = devices.iter().map(|d| d.info()).collect();
+    let board = Board::new(&spec, &infos, physical_address_bits())?;
+    let boot = BootImage::new(&spec, &board, Payload::load(&spec.kernel)?, &seed()?)?;
+    tracing::debug!(?board, ?boot, "starting");
+    let config = VmConfig {
+        vcpus: spec.vcpus,
+        split_irqchip: spec.split_irqchip,
+        nested: spec.nested,
+        ..VmConfig::default()
+    };
+    let vm = hypervisor.create_vm(&config)?;
+    let ram = Ram::new(&board.ram, &boot, Plan::choose(spec.shared_memory))?;
+    let end = Arc::new(End::new(spec.vcpus));
+    let inner = connect(vm, ram, &board, spec.serial, devices, &end)?;
+    let threads = spawn(&Arc::new(inner), spec.vcpus, &boot.state)?;
+    Ok(Running { end, threads: Mutex::new(threads) })
+}
+
+/// Connects memory and devices with the VM.
+fn connect<V: Vm>(
+    vm: V,
+    ram: Ram,
+    board: &Board,
+    serial: Option<SerialSpec>,
+    devices: Vec<Box<dyn VirtioDevice>>,
+    end: &Arc<End>,
+) -> Result<Inner<V>, Error> {
+    let maps = ram
+        .mappings
+        .iter()
+        .map(|(at, mapping)| vm.map(*at, mapping, Prot::ReadWrite))
+        .collect::<Result<Vec<_>, _>>()?;
+    let serial = match serial {
+        Some(spec) => {
+            let irq = vm.irq(SERIAL_IRQ)?;
+            let serial = Serial::new(spec.input, spec.output, move || irq.pulse(), failure(end))?;
+            end.on_kill(serial.canceller());
+            Some(serial)
+        }
+        None => None,
+    };
+    let (mut slots, mut doorbells) = (Vec::with_capacity(devices.len()), Vec::new());
+    for (device, slot) in devices.into_iter().zip(&board.slots) {
+        let transport = transport(&vm, device, slot, ram.memory.clone(), end)?;
+        if let Some(host) = vm.doorbells() {
+            let at = GuestAddress(slot.at + reg::QUEUE_NOTIFY);
+            for (queue, wake) in (0u32..).zip(transport.doorbells()) {
+                doorbells.push(host.register(at, Some(queue), wake)?);
+            }
+        }
+        slots.push(transport);
+    }
+    Ok(Inner {
+        bus: Bus { ports: Ports::new(serial), slots },
+        _doorbells: doorbells,
+        _maps: maps,
+        memory: ram.memory,
+        vm,
+        end: Arc::clone(end),
+        off: OffWatch::default(),
+        left: AtomicU32::new(0),
+    })
+}
+
+/// What a device calls when its thread has panicked.
+fn failure(end: &Arc<End>) -> impl Fn(String) + Send + Sync + use<> {
+    let end = Arc::clone(end);
+    move |text| end.begin(Outcome::Error(text))
+}
+
+fn transport<V: Vm>(
+    vm: &V,
+    device: Box<dyn VirtioDevice>,
+    slot: &Slot,
+    memory: GuestMemory,
+    end: &Arc<End>,
+) -> Result<MmioTransport, Error> {
+    let irq = vm.irq(slot.irq)?;
+    let mut transport = MmioTransport::new(device, memory, move || irq.pulse(), failure(end))
+        .map_err(|source| Error::Device { name: slot.name.clone(), source })?;
+    for window in &slot.shm {
+        transport.place_shm(window.id, GuestAddress(window.at));
+    }
+    Ok(transport)
+}
+
+/// Starts a thread per vCPU and lets them run once all vCPUs exist.
+fn spawn<V: Vm>(inner: &Arc<Inner<V>>, vcpus: u32, state: &BootState) -> Result<Vec<JoinHandle<()>>, Error> {
+    let (created, results) = mpsc::channel();
+    let (mut threads, mut gates) = (Vec::new(), Vec::new());
+    let mut failed = None;
+    for id in 0..vcpus {
+        let (gate, go) = mpsc::channel();
+        let (created, inner) = (created.clone(), Arc::clone(inner));
+        let state = if id == 0 { *state } else { BootState::Application };
+        inner.left.fetch_add(1, Ordering::SeqCst);
+        let leave = Leave(Some(inner));
+        let body = move || {
+            if let Some(inner) = &leave.0 {
+                vcpu::body(inner, id, &state, &created, &go);
+            }
+        };
+        match signals::blocked(|| Builder::new().name(format!("vcpu{id}")).stack_size(STACK).spawn(body)) {
+            Ok(thread) => threads.push(thread),
+            Err(source) => {
+                failed = Some(Error::Thread { id, source });
+                break;
+            }
+        }
+        gates.push(gate);
+    }
+    drop(created);
+    let mut kickers = Vec::new();
+    for (_, result) in results.iter().take(threads.len()) {
+        match result {
+            Ok(kicker) => kickers.push(kicker),
+            Err(e) => failed = failed.or(Some(e.into())),
+        }
+    }
+    if failed.is_none() && kickers.len() < vcpus as usize {
+        failed = Some(Error::Lost { id: kickers.len() as u32 });
+    }
+    if let Some(error) = failed {
+        drop(gates);
+        for thread in threads {
+            let _ = thread.join();
+        }
+        return Err(error);
+    }
+    inner.end.set_kickers(kickers);
+    for gate in gates {
+        let _ = gate.send(());
+    }
+    Ok(threads)
+}
+
+/// A vCPU thread's part in the machine; the last one to go takes the machine down.
+struct Leave<V: Vm>(Option<Arc<Inner<V>>>);
+
+impl<V: Vm> Drop for Leave<V> {
+    fn drop(&mut self) {
+        let Some(inner) = self.0.take() else { return };
+        if inner.left.fetch_sub(1, Ordering::SeqCst) > 1 {
+            return;
+        }
+        let end = Arc::clone(&inner.end);
+        inner.shut_down();
+        drop(inner);
+        end.finish();
+    }
+}
+
+impl<V: Vm> Inner<V> {
+    /// Stops the devices. They pass on what the guest left with them, unless the machine was killed.
+    fn shut_down(&self) {
+        self.off.stop();
+        let drain = !matches!(self.end.outcome(), None | Some(Outcome::Killed));
+        for slot in &self.bus.slots {
+            if let Err(e) = slot.shutdown(drain) {
+                tracing::warn!(device = slot.info().name, "at the end: {e}");
+            }
+        }
+        if let Some(serial) = self.bus.ports.serial() {
+            serial.close();
+        }
+    }
+}
+
+impl Running {
+    /// Waits until the machine has ended, its devices have stopped and its memory is released. Any
+    /// number of threads may wait.
+    pub fn wait(&self) -> Outcome {
+        let outcome = self.end.wait(|| {
+            off::ask(&self.end);
+        });
+        self.join();
+        outcome
+    }
+
+    /// The same without waiting; `None` while the machine runs.
+    pub fn try_wait(&self) -> Option<Outcome> {
+        let outcome = self.end.try_wait()?;
+        self.join();
+        Some(outcome)
+    }
+
+    /// Ends the machine from any thread, at once: what its devices still hold is lost. Does not wait;
+    /// does nothing when it has ended.
+    pub fn kill(&self) {
+        self.end.kill();
+    }
+
+    /// How often the vCPUs have left the guest so far, by reason.
+    pub fn exits(&self) -> ExitCounts {
+        self.end.counts()
+    }
+
+    /// Collects the threads, which have nothing more to do. All callers wait for that.
+    fn join(&self) {
+        let mut threads = self.threads.lock().unwrap_or_else(PoisonError::into_inner);
+        for thread in threads.drain(..) {
+            let _ = thread.join();
+        }
+    }
+}
+
+impl Drop for Running {
+    fn drop(&mut self) {
+        self.kill();
+        self.wait();
+    }
+}

@@ -1,0 +1,5 @@
+//! What needs the operating system by name.
+
+pub mod library;
+pub mod memory;
+pub mod signals;
