@@ -1,0 +1,283 @@
+//! From a configuration to a machine and its devices.
+
+use std::io::IsTerminal;
+use std::os::fd::OwnedFd;
+use std::os::unix::net::UnixStream;
+use std::sync::Arc;
+
+use krun_devices::console::{ConsoleHandle, ConsoleSpec, PortSpec};
+use krun_devices::fs::{self, ExitCode, FsSpec};
+use krun_devices::rng::Rng;
+use krun_machine::{SerialSpec, Spec};
+use krun_virtio::VirtioDevice;
+use krun_wire as wire;
+
+use crate::config::{Overlay, OverlayContent, ROOT_TAG};
+use crate::{Console, Error, INIT, Port, Share, VmConfig};
+
+/// What [`crate::Vm::start`] starts.
+pub struct Parts {
+    pub spec: Spec,
+    pub devices: Vec<Box<dyn VirtioDevice>>,
+    pub exit_code: Arc<ExitCode>,
+    pub control: Option<UnixStream>,
+    pub consoles: Vec<ConsoleHandle>,
+    /// Terminals to put in raw mode while the VM runs.
+    pub terminals: Vec<OwnedFd>,
+}
+
+/// The ports of one console device, and what init must know about them.
+#[derive(Default)]
+struct Ports {
+    list: Vec<PortSpec>,
+    terminals: Vec<OwnedFd>,
+    stdio: wire::Stdio,
+}
+
+fn duplicate(fd: &OwnedFd) -> Result<OwnedFd, Error> {
+    fd.try_clone().map_err(|source| Error::Host { what: "duplicate a descriptor", source })
+}
+
+/// Standard streams: terminals share `hvc0`, other descriptors get a port each.
+fn standard(
+    input: Option<OwnedFd>,
+    output: Option<OwnedFd>,
+    error: Option<OwnedFd>,
+    verbose: bool,
+) -> Result<Ports, Error> {
+    let mut ports = Ports::default();
+    let is_tty = |fd: &Option<OwnedFd>| fd.as_ref().is_some_and(IsTerminal::is_terminal);
+    let (tty_in, tty_out, tty_err) = (is_tty(&input), is_tty(&output), is_tty(&error));
+    // A terminal session needs both directions; a lone terminal is a stream like any other.
+    let session = tty_in && tty_out;
+    let log = match (&error, verbose && !session) {
+        (Some(fd), true) => Some(duplicate(fd)?),
+        _ => None,
+    };
+    let mut mask = 0;
+    let mut streams = Vec::new();
+    let mut console = PortSpec::console(None, log, None);
+    for (n, (fd, tty)) in [(input, tty_in), (output, tty_out), (error, tty_err)].into_iter().enumerate() {
+        let Some(fd) = fd else {
+            continue;
+        };
+        if session && tty {
+            match n {
+                0 => {
+                    ports.terminals.push(duplicate(&fd)?);
+                    console.input = Some(fd);
+                }
+                1 => console.output = Some(fd),
+                _ => {}
+            }
+            continue;
+        }
+        mask |= 1 << n;
+        let (input, output) = if n == 0 { (Some(fd), None) } else { (None, Some(fd)) };
+        streams.push(PortSpec::stream(wire::STDIO_PORTS[n], input, output));
+    }
+    ports.stdio = if session { wire::Stdio::Terminal { ports: mask } } else { wire::Stdio::Ports(mask) };
+    ports.list.push(console);
+    ports.list.extend(streams);
+    Ok(ports)
+}
+
+fn named(described: Vec<Port>) -> Result<Ports, Error> {
+    let mut ports = Ports::default();
+    for port in described {
+        let spec = match port {
+            Port::Terminal { name, tty } => {
+                ports.terminals.push(duplicate(&tty)?);
+                let output = duplicate(&tty)?;
+                PortSpec { name, ..PortSpec::console(Some(tty), Some(output), None) }
+            }
+            Port::Stream { name, input, output } => PortSpec::stream(name, input, output),
+        };
+        ports.list.push(spec);
+    }
+    Ok(ports)
+}
+
+/// The file that init reads.
+fn init_config(config: &VmConfig, stdio: wire::Stdio) -> Vec<u8> {
+    let mut init = wire::InitConfig { stdio, verbose: config.verbose, ..wire::InitConfig::default() };
+    config.command.apply(&mut init);
+    init.mounts = config
+        .shares
+        .iter()
+        .filter_map(|share| {
+            let path = share.mount.as_ref()?.as_os_str().as_encoded_bytes().to_vec();
+            Some(wire::Mount { tag: share.tag.clone(), path, read_only: share.read_only })
+        })
+        .collect();
+    init.encode()
+}
+
+fn fs_overlay(overlay: Overlay) -> fs::Overlay {
+    let mode = overlay.mode;
+    let content = match overlay.content {
+        OverlayContent::File { data, one_shot } => {
+            fs::Content::File { data: fs::FileData::new(data), mode, one_shot }
+        }
+        OverlayContent::Directory => fs::Content::Dir { mode },
+    };
+    fs::Overlay { path: overlay.path, content, listed: true }
+}
+
+/// A file of init's own: found by its name, not listed, so that the guest sees its root as it is.
+fn own_file(path: &str, mode: u32, data: impl Into<fs::FileData>) -> fs::Overlay {
+    let content = fs::Content::File { data: data.into(), mode, one_shot: false };
+    fs::Overlay { path: path.trim_start_matches('/').into(), content, listed: false }
+}
+
+fn share_device(
+    share: Share,
+    own: Vec<fs::Overlay>,
+    exit: &Arc<ExitCode>,
+) -> Result<Box<dyn VirtioDevice>, Error> {
+    let is_root = share.tag == ROOT_TAG;
+    let spec = FsSpec {
+        tag: share.tag,
+        source: share.source,
+        read_only: share.read_only,
+        overlays: own.into_iter().chain(share.overlays.into_iter().map(fs_overlay)).collect(),
+        exit_code: is_root.then(|| Arc::clone(exit)),
+        shm_size: share.shm_size,
+        ..FsSpec::default()
+    };
+    Ok(Box::new(fs::Fs::new(spec)?))
+}
+
+/// The kernel's command line, without the devices.
+fn command_line(config: &VmConfig) -> String {
+    let console = config.kernel_console.as_deref().unwrap_or("hvc0");
+    let mut line = format!(
+        "reboot=k,panic_warm panic=-1 panic_print=0 nomodule console={console} rootfstype=virtiofs rw no-kvmapf"
+    );
+    if !config.verbose {
+        line.push_str(" quiet");
+    }
+    if config.init {
+        line.push_str(" init=");
+        line.push_str(wire::INIT_PATH);
+    }
+    for word in &config.kernel_args {
+        line.push(' ');
+        line.push_str(word);
+    }
+    line
+}
+
+/// Builds every device. The order is that of their addresses: the root first, as it is needed first.
+pub fn assemble(mut config: VmConfig) -> Result<Parts, Error> {
+    if let Some(text) = config.command.string_with_nul() {
+        return Err(Error::Nul { text: text.to_owned() });
+    }
+    let (host_end, guest_end) = match config.init {
+        true => UnixStream::pair()
+            .map(|(host, guest)| (Some(host), Some(guest)))
+            .map_err(|source| Error::Host { what: "create the control socket", source })?,
+        false => (None, None),
+    };
+    if let Some(stream) = &host_end {
+        stream
+            .set_nonblocking(true)
+            .map_err(|source| Error::Host { what: "set up the control socket", source })?;
+    }
+    let (console_devices, handles, terminals, stdio) = consoles(&mut config, guest_end)?;
+    let exit_code = Arc::new(ExitCode::default());
+    let mut devices: Vec<Box<dyn VirtioDevice>> = Vec::new();
+    let mut own = Vec::new();
+    if config.init {
+        own.push(own_file(wire::INIT_PATH, 0o755, INIT));
+        own.push(own_file(wire::CONFIG_PATH, 0o400, init_config(&config, stdio)));
+    }
+    let mut shares = std::mem::take(&mut config.shares);
+    match shares.iter().position(|s| s.tag == ROOT_TAG) {
+        Some(at) => shares[..=at].rotate_right(1),
+        None => shares.insert(0, Share { source: None, ..Share::root("") }),
+    }
+    for share in shares {
+        devices.push(share_device(share, std::mem::take(&mut own), &exit_code)?);
+    }
+    devices.extend(console_devices);
+    if config.rng {
+        devices.push(Box::new(Rng::new()));
+    }
+    let spec = Spec {
+        vcpus: u32::from(config.vcpus),
+        ram_mib: u64::from(config.memory_mib),
+        cmdline: command_line(&config),
+        kernel: config.kernel,
+        serial: config.serial.map(|s| SerialSpec { input: s.input, output: s.output }),
+        split_irqchip: config.split_irqchip,
+        nested: config.nested,
+        ..Spec::default()
+    };
+    Ok(Parts { spec, devices, exit_code, control: host_end, consoles: handles, terminals })
+}
+
+type Consoles = (Vec<Box<dyn VirtioDevice>>, Vec<ConsoleHandle>, Vec<OwnedFd>, wire::Stdio);
+
+/// The console devices. The first one also carries the control port; without any, one is made for it.
+fn consoles(config: &mut VmConfig, mut control: Option<UnixStream>) -> Result<Consoles, Error> {
+    let mut list = std::mem::take(&mut config.consoles);
+    if list.is_empty() && control.is_some() {
+        list.push(Console::Standard { input: None, output: None, error: None });
+    }
+    let (mut devices, mut handles, mut terminals) =
+        (Vec::<Box<dyn VirtioDevice>>::new(), Vec::new(), Vec::new());
+    let mut stdio = None;
+    for console in list {
+        let mut ports = match console {
+            Console::Standard { input, output, error } => standard(input, output, error, config.verbose)?,
+            Console::Ports(described) => named(described)?,
+        };
+        if let Some(stream) = control.take() {
+            let port = PortSpec::duplex(wire::CONTROL_PORT, stream.into())
+                .map_err(|source| Error::Host { what: "duplicate the control socket", source })?;
+            ports.list.push(port);
+        }
+        // The first device that has standard streams serves the workload.
+        if !matches!(ports.stdio, wire::Stdio::Console) {
+            stdio.get_or_insert(ports.stdio);
+        }
+        let device = krun_devices::console::Console::new(ConsoleSpec { ports: ports.list })?;
+        handles.push(device.handle());
+        terminals.extend(ports.terminals);
+        devices.push(Box::new(device));
+    }
+    Ok((devices, handles, terminals, stdio.unwrap_or_default()))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::Command;
+
+    #[test]
+    fn pipes_become_ports_and_nothing_becomes_nothing() {
+        let (_reader, writer) = std::io::pipe().unwrap();
+        let ports = standard(None, Some(writer.into()), None, false).unwrap();
+        assert_eq!(ports.stdio, wire::Stdio::Ports(0b010));
+        let names: Vec<_> = ports.list.iter().map(|p| p.name.as_str()).collect();
+        assert_eq!(names, ["", "krun-stdout"]);
+    }
+
+    #[test]
+    fn the_root_comes_first_and_the_others_keep_their_order() {
+        let dir = std::env::temp_dir();
+        let shares = vec![Share::new("a", &dir), Share::new("b", &dir), Share::root(&dir)];
+        let config = VmConfig { shares, command: Command::new("x"), rng: false, ..VmConfig::default() };
+        let parts = assemble(config).unwrap();
+        let names: Vec<_> = parts.devices.iter().map(|d| d.info().id).collect();
+        assert_eq!(names, [26, 26, 26, 3]);
+        assert!(parts.spec.cmdline.contains("init=/init.krun"));
+    }
+
+    #[test]
+    fn a_nul_byte_is_named() {
+        let config = VmConfig { command: Command::new("a\0b"), ..VmConfig::default() };
+        assert!(matches!(assemble(config), Err(Error::Nul { text }) if text == "a\0b"));
+    }
+}

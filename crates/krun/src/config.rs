@@ -1,0 +1,209 @@
+//! What a VM is made of, as plain values.
+
+use std::os::fd::OwnedFd;
+use std::path::PathBuf;
+use std::sync::Arc;
+
+pub use krun_machine::{Kernel, KernelFormat};
+
+use crate::Command;
+
+/// Tag of the share that is the guest's root.
+pub const ROOT_TAG: &str = "/dev/root";
+
+/// Everything that [`crate::Vm::start`] needs.
+#[derive(Debug)]
+pub struct VmConfig {
+    /// Virtual CPUs.
+    pub vcpus: u8,
+    /// RAM in MiB.
+    pub memory_mib: u32,
+    /// The kernel to boot.
+    pub kernel: Kernel,
+    /// Words added to the kernel's command line.
+    pub kernel_args: Vec<String>,
+    /// Value of `console=`; `None`: `hvc0`.
+    pub kernel_console: Option<String>,
+    /// virtio-fs shares. The one tagged [`ROOT_TAG`] is the root; without one the root is empty but for
+    /// init.
+    pub shares: Vec<Share>,
+    /// The workload.
+    pub command: Command,
+    /// Put the built-in init at `/init.krun` and have it run [`VmConfig::command`].
+    pub init: bool,
+    /// virtio-console devices.
+    pub consoles: Vec<Console>,
+    /// A 16550 serial port, `ttyS0`.
+    pub serial: Option<Serial>,
+    /// A virtio entropy device.
+    pub rng: bool,
+    /// Emulate the IOAPIC in this process (x86_64).
+    pub split_irqchip: bool,
+    /// Let the guest use the processor's virtualisation.
+    pub nested: bool,
+    /// Kernel messages and init's timings go to the console.
+    pub verbose: bool,
+}
+
+impl Default for VmConfig {
+    fn default() -> Self {
+        Self {
+            vcpus: 1,
+            memory_mib: 512,
+            kernel: Kernel::Bundle(None),
+            kernel_args: Vec::new(),
+            kernel_console: None,
+            shares: Vec::new(),
+            command: Command::default(),
+            init: true,
+            consoles: Vec::new(),
+            serial: None,
+            rng: true,
+            split_irqchip: false,
+            nested: false,
+            verbose: false,
+        }
+    }
+}
+
+/// A host directory that the guest sees.
+#[derive(Debug, Clone)]
+pub struct Share {
+    /// virtio-fs tag, 1 to 36 bytes.
+    pub tag: String,
+    /// The directory; `None`: one that holds nothing but `overlays`.
+    pub source: Option<PathBuf>,
+    /// The guest cannot change it.
+    pub read_only: bool,
+    /// Bytes of DAX window.
+    pub shm_size: Option<u64>,
+    /// Files and directories that only the guest sees.
+    pub overlays: Vec<Overlay>,
+    /// Where init mounts it (absolute); `None`: the guest mounts it by its tag.
+    pub mount: Option<PathBuf>,
+}
+
+impl Share {
+    /// A writable share.
+    pub fn new(tag: impl Into<String>, source: impl Into<PathBuf>) -> Self {
+        Self {
+            tag: tag.into(),
+            source: Some(source.into()),
+            read_only: false,
+            shm_size: None,
+            overlays: Vec::new(),
+            mount: None,
+        }
+    }
+
+    /// The guest's root.
+    pub fn root(source: impl Into<PathBuf>) -> Self {
+        Self::new(ROOT_TAG, source)
+    }
+}
+
+/// A file or directory that exists in a share only for the guest.
+#[derive(Clone)]
+pub struct Overlay {
+    /// Path relative to the share.
+    pub path: PathBuf,
+    /// Permission bits.
+    pub mode: u32,
+    /// What it is.
+    pub content: OverlayContent,
+}
+
+/// What an [`Overlay`] is.
+#[derive(Clone)]
+pub enum OverlayContent {
+    /// A file.
+    File {
+        /// Its bytes.
+        data: Arc<dyn AsRef<[u8]> + Send + Sync>,
+        /// It disappears once it was opened and closed.
+        one_shot: bool,
+    },
+    /// An empty directory: a mount point.
+    Directory,
+}
+
+impl std::fmt::Debug for Overlay {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        let kind = match &self.content {
+            OverlayContent::File { data, one_shot } => {
+                format!("file of {} bytes, one_shot {one_shot}", (**data).as_ref().len())
+            }
+            OverlayContent::Directory => "directory".to_owned(),
+        };
+        write!(f, "Overlay({}, mode {:o}, {kind})", self.path.display(), self.mode)
+    }
+}
+
+/// A virtio-console device.
+#[derive(Debug)]
+pub enum Console {
+    /// The workload's standard streams. A terminal becomes the guest's console and the workload's
+    /// controlling terminal; another descriptor reaches the workload as it is; `None` is `/dev/null`.
+    Standard {
+        /// Standard input.
+        input: Option<OwnedFd>,
+        /// Standard output.
+        output: Option<OwnedFd>,
+        /// Standard error.
+        error: Option<OwnedFd>,
+    },
+    /// Ports by name.
+    Ports(Vec<Port>),
+}
+
+impl Console {
+    /// The standard streams of this process.
+    ///
+    /// # Errors
+    /// A stream cannot be duplicated for another reason than being closed.
+    pub fn inherit() -> std::io::Result<Self> {
+        use std::os::fd::AsFd;
+        fn dup(fd: std::os::fd::BorrowedFd<'_>) -> std::io::Result<Option<OwnedFd>> {
+            match fd.try_clone_to_owned() {
+                Ok(fd) => Ok(Some(fd)),
+                Err(e) if e.raw_os_error() == Some(rustix::io::Errno::BADF.raw_os_error()) => Ok(None),
+                Err(e) => Err(e),
+            }
+        }
+        Ok(Self::Standard {
+            input: dup(std::io::stdin().as_fd())?,
+            output: dup(std::io::stdout().as_fd())?,
+            error: dup(std::io::stderr().as_fd())?,
+        })
+    }
+}
+
+/// A port of a console device.
+#[derive(Debug)]
+pub enum Port {
+    /// A terminal of the guest.
+    Terminal {
+        /// Port name; may be empty.
+        name: String,
+        /// The terminal on this side.
+        tty: OwnedFd,
+    },
+    /// A byte stream, `/dev/vportNpM` in the guest.
+    Stream {
+        /// Port name.
+        name: String,
+        /// Read here, for the guest.
+        input: Option<OwnedFd>,
+        /// Written here, by the guest.
+        output: Option<OwnedFd>,
+    },
+}
+
+/// A 16550 serial port.
+#[derive(Debug)]
+pub struct Serial {
+    /// Read here, for the guest.
+    pub input: Option<OwnedFd>,
+    /// Written here, by the guest.
+    pub output: Option<OwnedFd>,
+}

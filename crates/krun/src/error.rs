@@ -1,0 +1,65 @@
+//! Why a VM could not start or ended badly.
+
+use std::ffi::OsString;
+use std::io;
+
+use krun_devices::console::ConsoleError;
+use krun_devices::fs::FsError;
+use krun_machine::Outcome;
+
+/// An error of this crate. Its text says what is wrong and what would work.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum Error {
+    /// The machine: its description, its kernel or the hypervisor.
+    #[error(transparent)]
+    Machine(#[from] krun_machine::Error),
+    /// A share.
+    #[error(transparent)]
+    Share(#[from] FsError),
+    /// A console.
+    #[error(transparent)]
+    Console(#[from] ConsoleError),
+    /// A string that cannot be passed to a program.
+    #[error("{text:?} has a NUL byte in it, which no argument, variable or path can have")]
+    Nul {
+        /// The string.
+        text: OsString,
+    },
+    /// A terminal that cannot be put in raw mode.
+    #[error("the terminal cannot be put in raw mode: {source}")]
+    Terminal {
+        /// The host's answer.
+        source: io::Error,
+    },
+    /// The host refused something small.
+    #[error("cannot {what}: {source}")]
+    Host {
+        /// What was tried.
+        what: &'static str,
+        /// The host's answer.
+        source: io::Error,
+    },
+    /// The machine ended and the workload's status is not known.
+    #[error("the guest ended without reporting a status ({outcome}){}", reason.as_ref().map(|r| format!(": {r}")).unwrap_or_default())]
+    Ended {
+        /// How the machine ended.
+        outcome: Outcome,
+        /// What init said, if it did.
+        reason: Option<String>,
+    },
+}
+
+impl Error {
+    /// The host's error number behind it, if there is one.
+    pub fn raw_os_error(&self) -> Option<i32> {
+        let mut source: Option<&(dyn std::error::Error + 'static)> = Some(self);
+        while let Some(error) = source {
+            if let Some(code) = error.downcast_ref::<io::Error>().and_then(io::Error::raw_os_error) {
+                return Some(code);
+            }
+            source = error.source();
+        }
+        None
+    }
+}

@@ -1,0 +1,57 @@
+//! Process isolation as a library: run a command in a microVM.
+//!
+//! ```no_run
+//! use krun::{Command, Console, Share, Vm, VmConfig};
+//!
+//! let config = VmConfig {
+//!     vcpus: 2,
+//!     memory_mib: 512,
+//!     shares: vec![Share::root("/srv/debian")],
+//!     command: Command::new("python3").args(["-c", "print(1)"]),
+//!     consoles: vec![Console::inherit()?],
+//!     ..VmConfig::default()
+//! };
+//! let vm = Vm::start(config)?;
+//! let status = vm.wait()?;
+//! assert!(status.success());
+//! # Ok::<(), Box<dyn std::error::Error>>(())
+//! ```
+//! Starting returns a handle; the caller's process goes on, its signal handlers and streams are its own.
+//! A terminal that was given to the guest is in raw mode while the machine runs and is restored when it
+//! ends, in whatever way.
+
+mod assemble;
+mod command;
+mod config;
+mod error;
+pub mod host;
+mod vm;
+
+pub use command::{Command, Limit, LimitError};
+pub use config::{
+    Console, Kernel, KernelFormat, Overlay, OverlayContent, Port, ROOT_TAG, Serial, Share, VmConfig,
+};
+pub use error::Error;
+pub use krun_machine::{ExitCounts, Outcome};
+pub use krun_wire::{EXIT_NOT_EXECUTABLE, EXIT_NOT_FOUND, EXIT_SETUP};
+pub use vm::{ExitStatus, Vm};
+
+/// The built-in init of guests: a static program.
+pub static INIT: &[u8] = include_bytes!(env!("KRUN_INIT"));
+
+/// Raises this process's soft limit of open files to the hard one. A guest's open files are open files of this
+/// process, so programs that run guests want this; the library does not do it by itself.
+///
+/// # Errors
+/// The host's.
+pub fn raise_open_file_limit() -> std::io::Result<()> {
+    krun_devices::fs::raise_nofile().map(|_| ())
+}
+
+/// Loads the kernel bundle, so that a later start does not depend on the file system of then.
+///
+/// # Errors
+/// Where it was looked for, and how to get one.
+pub fn preload_kernel() -> Result<(), Error> {
+    krun_machine::preload_bundle().map_err(Error::from)
+}

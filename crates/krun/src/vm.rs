@@ -1,0 +1,179 @@
+//! A running VM.
+
+use std::io::{Read, Write};
+use std::os::unix::net::UnixStream;
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Duration;
+
+use krun_devices::fs::ExitCode;
+use krun_devices::tty::RawTerminal;
+use krun_machine::{ExitCounts, Machine, Outcome, Running};
+use krun_wire::{FrameReader, ToGuest, ToHost, encode_frame};
+
+use crate::assemble::{Parts, assemble};
+use crate::{Error, VmConfig};
+
+/// How the workload ended.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct ExitStatus(u8);
+
+impl ExitStatus {
+    /// The workload's code, or 128 + the number of the signal that killed it; 125 when the guest could
+    /// not be set up, 126 when the program cannot be executed, 127 when it was not found.
+    pub fn code(self) -> i32 {
+        i32::from(self.0)
+    }
+
+    /// Whether the code is 0.
+    pub fn success(self) -> bool {
+        self.0 == 0
+    }
+}
+
+/// A virtual machine that was started. Dropping it ends the machine.
+///
+/// All methods may be called from any thread.
+#[derive(Debug)]
+pub struct Vm {
+    running: Running,
+    exit_code: Arc<ExitCode>,
+    control: Option<Mutex<UnixStream>>,
+    consoles: Vec<krun_devices::console::ConsoleHandle>,
+    terminals: Mutex<Vec<RawTerminal>>,
+    result: Mutex<Option<Result<ExitStatus, Arc<Error>>>>,
+}
+
+impl Vm {
+    /// Builds and starts a machine. Returns as soon as its processors run.
+    ///
+    /// # Errors
+    /// What cannot work, with the value that is wrong and what would work; nothing is left behind.
+    pub fn start(config: VmConfig) -> Result<Self, Error> {
+        let Parts { spec, devices, exit_code, control, consoles, terminals } = assemble(config)?;
+        let running = Machine::start(spec, devices)?;
+        let terminals = terminals
+            .iter()
+            .filter_map(|fd| RawTerminal::enter(fd).transpose())
+            .collect::<std::io::Result<Vec<_>>>()
+            .map_err(|source| Error::Terminal { source })?;
+        Ok(Self {
+            running,
+            exit_code,
+            control: control.map(Mutex::new),
+            consoles,
+            terminals: Mutex::new(terminals),
+            result: Mutex::new(None),
+        })
+    }
+
+    /// Waits for the end of the workload and of the machine.
+    ///
+    /// # Errors
+    /// [`Error::Ended`] when the machine ended without the workload's status: the guest's kernel
+    /// panicked, say, or [`Vm::kill`] was called.
+    pub fn wait(&self) -> Result<ExitStatus, Arc<Error>> {
+        let outcome = self.running.wait();
+        self.finish(outcome)
+    }
+
+    /// The same without waiting; `None` while the machine runs.
+    ///
+    /// # Errors
+    /// As for [`Vm::wait`].
+    pub fn try_wait(&self) -> Result<Option<ExitStatus>, Arc<Error>> {
+        self.running.try_wait().map(|outcome| self.finish(outcome)).transpose()
+    }
+
+    fn finish(&self, outcome: Outcome) -> Result<ExitStatus, Arc<Error>> {
+        self.restore_terminals();
+        let mut result = self.result.lock().unwrap_or_else(PoisonError::into_inner);
+        result.get_or_insert_with(|| self.judge(outcome).map_err(Arc::new)).clone()
+    }
+
+    fn judge(&self, outcome: Outcome) -> Result<ExitStatus, Error> {
+        let failure = self.reported_failure();
+        match self.exit_code.get() {
+            // The low byte, as wait(2) has it.
+            Some(code) => {
+                if let Some(reason) = failure {
+                    tracing::info!("the guest's init: {reason}");
+                }
+                Ok(ExitStatus((code & 0xff) as u8))
+            }
+            None => Err(Error::Ended { outcome, reason: failure }),
+        }
+    }
+
+    /// What init said on the control port before the guest ended.
+    fn reported_failure(&self) -> Option<String> {
+        let mut stream = self.control.as_ref()?.lock().unwrap_or_else(PoisonError::into_inner);
+        let (mut reader, mut chunk) = (FrameReader::default(), [0u8; 4096]);
+        // The machine's end is closed, so this ends; a guest that floods the port is cut off.
+        for _ in 0..64 {
+            match stream.read(&mut chunk) {
+                Ok(n) if n > 0 => reader.push(&chunk[..n]),
+                _ => break,
+            }
+            while let Ok(Some(message)) = reader.next::<ToHost>() {
+                if let ToHost::Failed { reason, .. } = message {
+                    return Some(reason);
+                }
+            }
+        }
+        None
+    }
+
+    fn send(&self, message: &ToGuest) {
+        let Some(control) = &self.control else { return };
+        let mut stream = control.lock().unwrap_or_else(PoisonError::into_inner);
+        // A guest that reads nothing fills the socket; the message is lost, as a signal to a stopped
+        // process group may be, and `kill` remains.
+        if let Err(e) = stream.write_all(&encode_frame(message)) {
+            tracing::warn!("control port: {e}");
+        }
+    }
+
+    /// Sends a signal (Linux's number) to the workload.
+    pub fn signal(&self, signal: i32) {
+        self.send(&ToGuest::Signal(signal));
+    }
+
+    /// Asks the workload to end with TERM, then KILL after `grace`, and the guest to power off.
+    pub fn shutdown(&self, grace: Duration) {
+        let grace_ms = u32::try_from(grace.as_millis()).unwrap_or(u32::MAX);
+        self.send(&ToGuest::Shutdown { grace_ms });
+    }
+
+    /// Ends the machine now. What the guest had not yet written is lost.
+    pub fn kill(&self) {
+        self.running.kill();
+        for console in &self.consoles {
+            console.abandon();
+        }
+    }
+
+    /// Tells the guest the size of its terminals, in characters.
+    pub fn resize(&self, columns: u16, rows: u16) {
+        for console in &self.consoles {
+            console.resize(0, columns, rows);
+        }
+    }
+
+    /// Gives the host's terminals back as they were. Done by `wait` and on drop too.
+    pub fn restore_terminals(&self) {
+        self.terminals.lock().unwrap_or_else(PoisonError::into_inner).clear();
+    }
+
+    /// How often the virtual processors came back to this process so far, by reason.
+    pub fn exits(&self) -> ExitCounts {
+        self.running.exits()
+    }
+}
+
+impl Drop for Vm {
+    fn drop(&mut self) {
+        self.kill();
+        let _ = self.running.wait();
+        self.restore_terminals();
+    }
+}
