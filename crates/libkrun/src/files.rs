@@ -1,0 +1,168 @@
+//! Shares and overlays.
+
+use std::ffi::c_char;
+use std::path::{Component, Path};
+use std::slice;
+use std::sync::Arc;
+
+use krun_api::{Overlay, OverlayContent, ROOT_TAG, Share};
+
+use crate::context::{Context, with};
+use crate::{Answer, EEXIST, EINVAL, ENOENT, ENOTDIR, args};
+
+/// Longest tag of a virtio-fs device, in bytes.
+const MAX_TAG: usize = 36;
+
+fn add_share(context: &mut Context, share: Share) -> Answer<()> {
+    if share.tag.is_empty() || share.tag.len() > MAX_TAG {
+        return Err(EINVAL);
+    }
+    if context.shares.iter().any(|s| s.tag == share.tag) {
+        return Err(EEXIST);
+    }
+    context.shares.push(share);
+    Ok(())
+}
+
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn krun_set_root(ctx_id: u32, root_path: *const c_char) -> i32 {
+    with(ctx_id, |context| {
+        // SAFETY: the header asks for a string.
+        let path = unsafe { args::path(root_path) }?;
+        add_share(context, Share::root(path))
+    })
+}
+
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn krun_add_virtiofs(ctx_id: u32, tag: *const c_char, path: *const c_char) -> i32 {
+    // SAFETY: the arguments are passed on as they came.
+    unsafe { krun_add_virtiofs4(ctx_id, tag, path, 0, false, 0) }
+}
+
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn krun_add_virtiofs2(
+    ctx_id: u32,
+    tag: *const c_char,
+    path: *const c_char,
+    shm_size: u64,
+) -> i32 {
+    // SAFETY: the arguments are passed on as they came.
+    unsafe { krun_add_virtiofs4(ctx_id, tag, path, shm_size, false, 0) }
+}
+
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn krun_add_virtiofs3(
+    ctx_id: u32,
+    tag: *const c_char,
+    path: *const c_char,
+    shm_size: u64,
+    read_only: bool,
+) -> i32 {
+    // SAFETY: the arguments are passed on as they came.
+    unsafe { krun_add_virtiofs4(ctx_id, tag, path, shm_size, read_only, 0) }
+}
+
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn krun_add_virtiofs4(
+    ctx_id: u32,
+    tag: *const c_char,
+    path: *const c_char,
+    shm_size: u64,
+    read_only: bool,
+    semantics: u32,
+) -> i32 {
+    with(ctx_id, |context| {
+        // SAFETY: the header asks for strings.
+        let (tag, path) = unsafe { (args::text(tag)?, args::path(path)?) };
+        // Both semantics are served by the one, complete implementation.
+        if semantics > 1 {
+            return Err(EINVAL);
+        }
+        let shm_size = Some(shm_size).filter(|size| *size > 0);
+        add_share(context, Share { read_only, shm_size, ..Share::new(tag, path) })
+    })
+}
+
+/// Checks that the parent of `path` is there: a directory of the host or one added before.
+fn check_parent(share: &Share, path: &Path) -> Answer<()> {
+    if path.as_os_str().is_empty() || !path.components().all(|c| matches!(c, Component::Normal(_))) {
+        return Err(EINVAL);
+    }
+    if share.overlays.iter().any(|o| o.path == path) {
+        return Err(EEXIST);
+    }
+    let Some(parent) = path.parent().filter(|p| !p.as_os_str().is_empty()) else { return Ok(()) };
+    if let Some(overlay) = share.overlays.iter().find(|o| o.path == parent) {
+        return match overlay.content {
+            OverlayContent::Directory => Ok(()),
+            OverlayContent::File { .. } => Err(ENOTDIR),
+        };
+    }
+    let on_host = share.source.as_ref().ok_or(ENOENT)?.join(parent);
+    match on_host.symlink_metadata() {
+        Ok(meta) if meta.is_dir() => Ok(()),
+        Ok(_) => Err(ENOTDIR),
+        Err(e) => Err(crate::Errno(e.raw_os_error().unwrap_or(libc::ENOENT))),
+    }
+}
+
+fn add_overlay(context: &mut Context, tag: &str, overlay: Overlay) -> Answer<()> {
+    // The implicit root is empty and exists as soon as something is put there.
+    if tag == ROOT_TAG && !context.has_root() {
+        context.shares.push(Share { source: None, ..Share::root("") });
+    }
+    let share = context.share(tag)?;
+    check_parent(share, &overlay.path)?;
+    share.overlays.push(overlay);
+    Ok(())
+}
+
+/// Bytes that the caller lends for the VM's life.
+struct Borrowed(&'static [u8]);
+
+impl AsRef<[u8]> for Borrowed {
+    fn as_ref(&self) -> &[u8] {
+        self.0
+    }
+}
+
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn krun_fs_add_overlay_file(
+    ctx_id: u32,
+    fs_tag: *const c_char,
+    path: *const c_char,
+    data: *const u8,
+    data_len: usize,
+    mode: u32,
+    one_shot: bool,
+) -> i32 {
+    with(ctx_id, |context| {
+        // SAFETY: the header asks for strings.
+        let (tag, path) = unsafe { (args::text(fs_tag)?, args::path(path)?) };
+        let bytes: &'static [u8] = match (data.is_null(), data_len) {
+            (_, 0) => &[],
+            (true, _) => return Err(EINVAL),
+            // SAFETY: the header has the caller keep the bytes, unchanged, until the VM has ended.
+            (false, len) => unsafe { slice::from_raw_parts(data, len) },
+        };
+        let data = Arc::new(Borrowed(bytes));
+        let path = path.strip_prefix("/").map(Path::to_owned).unwrap_or(path);
+        let content = OverlayContent::File { data, one_shot };
+        add_overlay(context, &tag, Overlay { path, mode, content })
+    })
+}
+
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn krun_fs_add_overlay_dir(
+    ctx_id: u32,
+    fs_tag: *const c_char,
+    path: *const c_char,
+    mode: u32,
+) -> i32 {
+    with(ctx_id, |context| {
+        // SAFETY: the header asks for strings.
+        let (tag, path) = unsafe { (args::text(fs_tag)?, args::path(path)?) };
+        let path = path.strip_prefix("/").map(Path::to_owned).unwrap_or(path);
+        add_overlay(context, &tag, Overlay { path, mode, content: OverlayContent::Directory })
+    })
+}

@@ -1,0 +1,124 @@
+//! Functions of the ABI that this version does not serve: they check what can be checked and answer
+//! -ENOTSUP, so that a program can tell and go on without.
+
+use std::ffi::{c_char, c_int, c_void};
+
+use crate::context::with;
+use crate::{EINVAL, ENOTSUP, answer, args};
+
+/// Defines functions that answer -ENOTSUP for an existing context, -EINVAL for a NULL among the
+/// arguments named after `needs`.
+macro_rules! not_served {
+    ($($name:ident($($arg:ident: $type:ty),*) $(needs $($must:ident),+)?;)*) => {$(
+        #[unsafe(no_mangle)]
+        pub extern "C" fn $name(ctx_id: u32 $(, $arg: $type)*) -> i32 {
+            with(ctx_id, |_| {
+                $($(if $must.is_null() { return Err(EINVAL); })+)?
+                $(let _ = $arg;)*
+                Err(ENOTSUP)
+            })
+        }
+    )*};
+}
+
+not_served! {
+    krun_set_root_disk(disk_path: *const c_char) needs disk_path;
+    krun_set_data_disk(disk_path: *const c_char) needs disk_path;
+    krun_add_disk(block_id: *const c_char, disk_path: *const c_char, read_only: bool) needs block_id, disk_path;
+    krun_add_disk2(block_id: *const c_char, disk_path: *const c_char, disk_format: u32, read_only: bool)
+        needs block_id, disk_path;
+    krun_add_disk3(block_id: *const c_char, disk_path: *const c_char, disk_format: u32, read_only: bool,
+        direct_io: bool, sync_mode: u32) needs block_id, disk_path;
+    krun_set_root_disk_remount(device: *const c_char, fstype: *const c_char, options: *const c_char) needs device;
+    krun_set_passt_fd(fd: c_int);
+    krun_set_gvproxy_path(path: *const c_char) needs path;
+    krun_set_net_mac(mac: *const u8) needs mac;
+    krun_add_vsock_port(port: u32, filepath: *const c_char) needs filepath;
+    krun_add_vsock_port2(port: u32, filepath: *const c_char, listen: bool) needs filepath;
+    krun_add_vsock(tsi_features: u32);
+    krun_set_gpu_options(virgl_flags: u32);
+    krun_set_gpu_options2(virgl_flags: u32, shm_size: u64);
+    krun_set_gpu_render_server_fd(render_server_fd: c_int);
+    krun_add_display(width: u32, height: u32);
+    krun_display_set_edid(display_id: u32, edid_blob: *const u8, blob_size: usize) needs edid_blob;
+    krun_display_set_dpi(display_id: u32, dpi: u32);
+    krun_display_set_physical_size(display_id: u32, width_mm: u16, height_mm: u16);
+    krun_display_set_refresh_rate(display_id: u32, refresh_rate: u32);
+    krun_set_display_backend(display_backend: *const c_void, backend_size: usize) needs display_backend;
+    krun_add_input_device(config_backend: *const c_void, config_backend_size: usize,
+        events_backend: *const c_void, events_backend_size: usize) needs config_backend, events_backend;
+    krun_add_input_device_fd(input_fd: c_int);
+    krun_set_snd_device(enable: bool);
+    krun_add_vhost_user_device(device_type: u32, socket_path: *const c_char, name: *const c_char,
+        num_queues: u16, queue_sizes: *const u16) needs socket_path;
+    krun_set_smbios_oem_strings(oem_strings: *const *const c_char) needs oem_strings;
+    krun_set_firmware(firmware_path: *const c_char) needs firmware_path;
+    krun_set_tee_config_file(filepath: *const c_char) needs filepath;
+}
+
+/// Flags that the network functions know; programs probe with others and expect -EINVAL.
+const NET_FLAGS: u32 = 0b11;
+
+/// Checks the arguments that all network functions share: exactly one of path and descriptor.
+fn net(ctx_id: u32, path: *const c_char, fd: Option<c_int>, mac: *const u8, flags: u32) -> i32 {
+    with(ctx_id, |_| {
+        let one = fd.is_none_or(|fd| path.is_null() != (fd < 0)) && (fd.is_some() || !path.is_null());
+        if !one || mac.is_null() || flags & !NET_FLAGS != 0 { Err(EINVAL) } else { Err(ENOTSUP) }
+    })
+}
+
+#[unsafe(no_mangle)]
+pub extern "C" fn krun_add_net_unixstream(
+    ctx_id: u32,
+    path: *const c_char,
+    fd: c_int,
+    mac: *const u8,
+    _features: u32,
+    flags: u32,
+) -> i32 {
+    net(ctx_id, path, Some(fd), mac, flags)
+}
+
+#[unsafe(no_mangle)]
+pub extern "C" fn krun_add_net_unixgram(
+    ctx_id: u32,
+    path: *const c_char,
+    fd: c_int,
+    mac: *const u8,
+    _features: u32,
+    flags: u32,
+) -> i32 {
+    net(ctx_id, path, Some(fd), mac, flags)
+}
+
+#[unsafe(no_mangle)]
+pub extern "C" fn krun_add_net_tap(
+    ctx_id: u32,
+    tap_name: *const c_char,
+    mac: *const u8,
+    _features: u32,
+    flags: u32,
+) -> i32 {
+    net(ctx_id, tap_name, None, mac, flags)
+}
+
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn krun_set_port_map(ctx_id: u32, port_map: *const *const c_char) -> i32 {
+    with(ctx_id, |_| {
+        // SAFETY: the header asks for a list.
+        match unsafe { args::list(port_map) }? {
+            Some(ports) if !ports.is_empty() => Err(ENOTSUP),
+            _ => Ok(()),
+        }
+    })
+}
+
+#[unsafe(no_mangle)]
+pub extern "C" fn krun_disable_implicit_vsock(ctx_id: u32) -> i32 {
+    with(ctx_id, |_| Ok(()))
+}
+
+#[unsafe(no_mangle)]
+pub extern "C" fn krun_set_mapped_volumes(_ctx_id: u32, _mapped_volumes: *const *const c_char) -> i32 {
+    answer(|| Err(EINVAL))
+}

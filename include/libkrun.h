@@ -1,0 +1,266 @@
+/* SPDX-License-Identifier: Apache-2.0
+ *
+ * libkrun: run a program in a microVM, as a library.
+ *
+ * Every call returns 0 or a non-negative value, or a negative errno:
+ *   -ENOENT   there is no context with that id
+ *   -EINVAL   an argument is NULL, malformed or out of range
+ *   -EEXIST   something that may exist once exists already
+ *   -ENOTSUP  this build, or this version, cannot do it
+ * Strings are copied unless a function says otherwise. A context may be configured from any thread, by
+ * one thread at a time.
+ *
+ * Every function below is exported by every build. Those under "Not served by this version" check their
+ * context and answer -ENOTSUP.
+ */
+#ifndef LIBKRUN_H
+#define LIBKRUN_H
+
+#include <stdbool.h>
+#include <stddef.h>
+#include <stdint.h>
+#include <sys/types.h>
+
+#ifdef __cplusplus
+extern "C" {
+#endif
+
+/* ------------------------------------------------------------------ logging */
+
+#define KRUN_LOG_LEVEL_OFF 0
+#define KRUN_LOG_LEVEL_ERROR 1
+#define KRUN_LOG_LEVEL_WARN 2
+#define KRUN_LOG_LEVEL_INFO 3
+#define KRUN_LOG_LEVEL_DEBUG 4
+#define KRUN_LOG_LEVEL_TRACE 5
+
+#define KRUN_LOG_TARGET_DEFAULT (-1) /* standard error */
+
+#define KRUN_LOG_STYLE_AUTO 0   /* colours if the target is a terminal */
+#define KRUN_LOG_STYLE_ALWAYS 1
+#define KRUN_LOG_STYLE_NEVER 2
+
+#define KRUN_LOG_OPTION_NO_ENV 1 /* RUST_LOG may not change the level */
+
+/* Logs to standard error from `level` up. The first call of this or krun_init_log() counts. */
+int32_t krun_set_log_level(uint32_t level);
+
+/* Logs to `target_fd` from `level` up. */
+int32_t krun_init_log(int target_fd, uint32_t level, uint32_t style, uint32_t options);
+
+/* ----------------------------------------------------------------- contexts */
+
+/* Creates a context and loads the kernel bundle, if there is one. Keeps no descriptor and starts no
+ * thread; the context survives fork(). Returns its id. */
+int32_t krun_create_ctx(void);
+
+/* Forgets a context that was not started. */
+int32_t krun_free_ctx(uint32_t ctx_id);
+
+/* Virtual CPUs (1 to krun_get_max_vcpus()) and RAM in MiB. */
+int32_t krun_set_vm_config(uint32_t ctx_id, uint8_t num_vcpus, uint32_t ram_mib);
+
+/* The largest number of virtual CPUs that a VM can have on this host. */
+int32_t krun_get_max_vcpus(void);
+
+#define KRUN_FEATURE_NET 0
+#define KRUN_FEATURE_BLK 1
+#define KRUN_FEATURE_GPU 2
+#define KRUN_FEATURE_SND 3
+#define KRUN_FEATURE_INPUT 4
+#define KRUN_FEATURE_EFI 5
+#define KRUN_FEATURE_TEE 6
+#define KRUN_FEATURE_AMD_SEV 7
+#define KRUN_FEATURE_INTEL_TDX 8
+#define KRUN_FEATURE_AWS_NITRO 9
+#define KRUN_FEATURE_VIRGL_RESOURCE_MAP2 10
+#define KRUN_FEATURE_INIT_BLOB 11
+
+/* 1 if the library can do `feature`, 0 if not, -EINVAL for a number it does not know. */
+int32_t krun_has_feature(uint64_t feature);
+
+/* -------------------------------------------------------- kernel and machine */
+
+#define KRUN_KERNEL_FORMAT_RAW 0        /* bzImage or flat image */
+#define KRUN_KERNEL_FORMAT_ELF 1
+#define KRUN_KERNEL_FORMAT_PE_GZ 2
+#define KRUN_KERNEL_FORMAT_IMAGE_BZ2 3
+#define KRUN_KERNEL_FORMAT_IMAGE_GZ 4
+#define KRUN_KERNEL_FORMAT_IMAGE_ZSTD 5
+
+/* Boots the kernel in a file instead of the bundled one. `initramfs` and `cmdline` may be NULL; a
+ * command line replaces the library's own, except for what describes the devices. */
+int32_t krun_set_kernel(uint32_t ctx_id, const char *kernel_path, uint32_t kernel_format,
+                        const char *initramfs, const char *cmdline);
+
+/* The value of `console=` on the kernel's command line (default hvc0). */
+int32_t krun_set_kernel_console(uint32_t ctx_id, const char *console_id);
+
+/* Keeps the IOAPIC in this process and only the local APICs in the host kernel (x86_64). */
+int32_t krun_split_irqchip(uint32_t ctx_id, bool enable);
+
+/* Lets the guest run virtual machines itself. */
+int32_t krun_set_nested_virt(uint32_t ctx_id, bool enabled);
+
+/* 1 if the host lets guests run virtual machines, 0 if not. */
+int32_t krun_check_nested_virt(void);
+
+/* --------------------------------------------------------------- file systems */
+
+#define KRUN_FS_ROOT_TAG "/dev/root"
+
+/* The host directory that is the guest's root. Once. */
+int32_t krun_set_root(uint32_t ctx_id, const char *root_path);
+
+/* A host directory as a virtio-fs share under `tag` (1 to 36 bytes). The tag KRUN_FS_ROOT_TAG makes it
+ * the root. `shm_size`: bytes of DAX window, 0 for none. */
+int32_t krun_add_virtiofs(uint32_t ctx_id, const char *tag, const char *path);
+int32_t krun_add_virtiofs2(uint32_t ctx_id, const char *tag, const char *path, uint64_t shm_size);
+int32_t krun_add_virtiofs3(uint32_t ctx_id, const char *tag, const char *path, uint64_t shm_size,
+                           bool read_only);
+
+#define KRUN_FS_SEMANTICS_COMPLETE 0
+#define KRUN_FS_SEMANTICS_SIMPLIFIED 1
+int32_t krun_add_virtiofs4(uint32_t ctx_id, const char *tag, const char *path, uint64_t shm_size,
+                           bool read_only, uint32_t semantics);
+
+/* A file that exists in a share only for the guest. `data` is borrowed until the VM has ended. `path` is
+ * relative to the share; its parent exists there or was added before (-ENOENT, -ENOTDIR). With
+ * `one_shot` it disappears once it was opened and closed. */
+int32_t krun_fs_add_overlay_file(uint32_t ctx_id, const char *fs_tag, const char *path, const uint8_t *data,
+                                 size_t data_len, uint32_t mode, bool one_shot);
+
+/* An empty directory that exists in a share only for the guest: a mount point. */
+int32_t krun_fs_add_overlay_dir(uint32_t ctx_id, const char *fs_tag, const char *path, uint32_t mode);
+
+/* --------------------------------------------------------------- the workload */
+
+/* The program, its arguments (without argv[0]) and environment, each list ended by NULL. `envp` NULL:
+ * the caller's environment. */
+int32_t krun_set_exec(uint32_t ctx_id, const char *exec_path, const char *const argv[],
+                      const char *const envp[]);
+
+/* The environment alone; NULL: the caller's. */
+int32_t krun_set_env(uint32_t ctx_id, const char *const envp[]);
+
+/* The working directory, absolute, in the guest. */
+int32_t krun_set_workdir(uint32_t ctx_id, const char *workdir_path);
+
+/* Limits as "RESOURCE=SOFT:HARD", RESOURCE being a number or a name such as RLIMIT_NOFILE. */
+int32_t krun_set_rlimits(uint32_t ctx_id, const char *const rlimits[]);
+
+/* The bytes of the built-in init. They belong to the library. */
+int32_t krun_get_default_init(const uint8_t **data_out, size_t *len_out);
+
+/* Leaves /init.krun to the caller (a file of the root, or an overlay file). */
+int32_t krun_disable_implicit_init(uint32_t ctx_id);
+
+/* User and group that this process takes on just before the VM starts. */
+int32_t krun_setuid(uint32_t ctx_id, uid_t uid);
+int32_t krun_setgid(uint32_t ctx_id, gid_t gid);
+
+/* -------------------------------------------------------------------- consoles */
+
+/* Sends the implicit console's output to a file; it has no input then. */
+int32_t krun_set_console_output(uint32_t ctx_id, const char *filepath);
+
+/* Starts without the console on descriptors 0, 1 and 2 that a VM has otherwise. */
+int32_t krun_disable_implicit_console(uint32_t ctx_id);
+
+/* A console on three descriptors (-1 for none). Terminals become the guest's hvc console; others reach
+ * the workload as its standard streams. */
+int32_t krun_add_virtio_console_default(uint32_t ctx_id, int input_fd, int output_fd, int err_fd);
+
+/* A serial port (ttyS0) on two descriptors (-1 for none). */
+int32_t krun_add_serial_console_default(uint32_t ctx_id, int input_fd, int output_fd);
+
+/* An empty console device; returns its id for the two calls below. */
+int32_t krun_add_virtio_console_multiport(uint32_t ctx_id);
+
+/* A terminal port, resized with the terminal. */
+int32_t krun_add_console_port_tty(uint32_t ctx_id, uint32_t console_id, const char *name, int tty_fd);
+
+/* A byte stream port, found in the guest by its name (-1: no such direction). */
+int32_t krun_add_console_port_inout(uint32_t ctx_id, uint32_t console_id, const char *name, int input_fd,
+                                    int output_fd);
+
+/* ------------------------------------------------------------------- running */
+
+/* A descriptor; writing 8 bytes to it asks the guest to end the workload and power off. */
+int32_t krun_get_shutdown_eventfd(uint32_t ctx_id);
+
+/* Consumes the context and runs the VM. Returns only when it could not start; otherwise the process
+ * ends with the workload's exit status: its code, 128 + the signal that killed it, 125 when the guest
+ * could not be set up, 126 when the program cannot be executed, 127 when it does not exist. */
+int32_t krun_start_enter(uint32_t ctx_id);
+
+/* ---------------------------------------------- Not served by this version */
+
+#define KRUN_DISK_FORMAT_RAW 0
+#define KRUN_DISK_FORMAT_QCOW2 1
+#define KRUN_DISK_FORMAT_VMDK 2
+
+#define KRUN_SYNC_NONE 0
+#define KRUN_SYNC_RELAXED 1
+#define KRUN_SYNC_FULL 2
+
+int32_t krun_set_mapped_volumes(uint32_t ctx_id, const char *const mapped_volumes[]); /* always -EINVAL */
+int32_t krun_set_root_disk(uint32_t ctx_id, const char *disk_path);
+int32_t krun_set_data_disk(uint32_t ctx_id, const char *disk_path);
+int32_t krun_add_disk(uint32_t ctx_id, const char *block_id, const char *disk_path, bool read_only);
+int32_t krun_add_disk2(uint32_t ctx_id, const char *block_id, const char *disk_path, uint32_t disk_format,
+                       bool read_only);
+int32_t krun_add_disk3(uint32_t ctx_id, const char *block_id, const char *disk_path, uint32_t disk_format,
+                       bool read_only, bool direct_io, uint32_t sync_mode);
+int32_t krun_set_root_disk_remount(uint32_t ctx_id, const char *device, const char *fstype,
+                                   const char *options);
+
+#define NET_FLAG_VFKIT 1
+#define NET_FLAG_DHCP_CLIENT 2
+
+/* An unknown flag is -EINVAL, so callers can probe for flags. */
+int32_t krun_add_net_unixstream(uint32_t ctx_id, const char *path, int fd, uint8_t *const mac,
+                                uint32_t features, uint32_t flags);
+int32_t krun_add_net_unixgram(uint32_t ctx_id, const char *path, int fd, uint8_t *const mac,
+                              uint32_t features, uint32_t flags);
+int32_t krun_add_net_tap(uint32_t ctx_id, char *tap_name, uint8_t *const mac, uint32_t features,
+                         uint32_t flags);
+int32_t krun_set_passt_fd(uint32_t ctx_id, int fd);
+int32_t krun_set_gvproxy_path(uint32_t ctx_id, char *path);
+int32_t krun_set_net_mac(uint32_t ctx_id, uint8_t *const mac);
+
+/* NULL or an empty list asks for nothing and is accepted; ports are -ENOTSUP. */
+int32_t krun_set_port_map(uint32_t ctx_id, const char *const port_map[]);
+int32_t krun_add_vsock_port(uint32_t ctx_id, uint32_t port, const char *filepath);
+int32_t krun_add_vsock_port2(uint32_t ctx_id, uint32_t port, const char *filepath, bool listen);
+int32_t krun_add_vsock(uint32_t ctx_id, uint32_t tsi_features);
+/* There is no implicit vsock device yet, so this has nothing to do and succeeds. */
+int32_t krun_disable_implicit_vsock(uint32_t ctx_id);
+
+int32_t krun_set_gpu_options(uint32_t ctx_id, uint32_t virgl_flags);
+int32_t krun_set_gpu_options2(uint32_t ctx_id, uint32_t virgl_flags, uint64_t shm_size);
+int32_t krun_set_gpu_render_server_fd(uint32_t ctx_id, int render_server_fd);
+int32_t krun_add_display(uint32_t ctx_id, uint32_t width, uint32_t height);
+int32_t krun_display_set_edid(uint32_t ctx_id, uint32_t display_id, const uint8_t *edid_blob,
+                              size_t blob_size);
+int32_t krun_display_set_dpi(uint32_t ctx_id, uint32_t display_id, uint32_t dpi);
+int32_t krun_display_set_physical_size(uint32_t ctx_id, uint32_t display_id, uint16_t width_mm,
+                                       uint16_t height_mm);
+int32_t krun_display_set_refresh_rate(uint32_t ctx_id, uint32_t display_id, uint32_t refresh_rate);
+int32_t krun_set_display_backend(uint32_t ctx_id, const void *display_backend, size_t backend_size);
+int krun_add_input_device(uint32_t ctx_id, const void *config_backend, size_t config_backend_size,
+                          const void *events_backend, size_t events_backend_size);
+int krun_add_input_device_fd(uint32_t ctx_id, int input_fd);
+int32_t krun_set_snd_device(uint32_t ctx_id, bool enable);
+int32_t krun_add_vhost_user_device(uint32_t ctx_id, uint32_t device_type, const char *socket_path,
+                                   const char *name, uint16_t num_queues, const uint16_t *queue_sizes);
+
+int32_t krun_set_smbios_oem_strings(uint32_t ctx_id, const char *const oem_strings[]);
+int32_t krun_set_firmware(uint32_t ctx_id, const char *firmware_path);
+int32_t krun_set_tee_config_file(uint32_t ctx_id, const char *filepath);
+
+#ifdef __cplusplus
+}
+#endif
+
+#endif /* LIBKRUN_H */
