@@ -1,0 +1,256 @@
+//! The command line.
+
+use std::ffi::{OsStr, OsString};
+use std::os::unix::ffi::{OsStrExt, OsStringExt};
+use std::path::PathBuf;
+
+use clap::builder::{OsStringValueParser, TypedValueParser, ValueParser};
+use clap::{Args, Parser, Subcommand, ValueEnum};
+
+/// Runs programs in microVMs.
+#[derive(Debug, Parser)]
+#[command(name = "krun", version, arg_required_else_help = true, max_term_width = 100)]
+pub struct Cli {
+    /// Show more: what is done, the guest kernel's messages, timings. Twice: everything.
+    #[arg(short, long, action = clap::ArgAction::Count, global = true)]
+    pub verbose: u8,
+
+    /// What to do.
+    #[command(subcommand)]
+    pub command: Command,
+}
+
+/// What the command can do.
+#[derive(Debug, Subcommand)]
+pub enum Command {
+    /// Run a program from a root directory in a microVM.
+    Run(Box<Run>),
+    /// Check whether this host can run microVMs, and say what to do where it cannot.
+    Doctor,
+    /// Run a command of this host, as it is, in the emulated host: for tests, and to look around there.
+    Lab(Lab),
+    /// Print a completion script for a shell.
+    Completions {
+        /// The shell.
+        shell: clap_complete::Shell,
+    },
+    /// Print the manual page (roff).
+    Man,
+}
+
+/// Where the guest runs.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub enum Accel {
+    /// KVM if it works, else the emulated host.
+    Auto,
+    /// KVM, or an error.
+    Kvm,
+    /// A host emulated by QEMU, with KVM of its own.
+    Emulated,
+}
+
+/// `krun lab`.
+#[derive(Debug, Args)]
+pub struct Lab {
+    /// A directory of this host that the command may change; everything else it can only read.
+    #[arg(short, long = "writable", value_name = "DIR")]
+    pub writable: Vec<PathBuf>,
+
+    /// Only make sure that an emulated host can be started at once.
+    #[arg(long)]
+    pub prepare: bool,
+
+    /// The command; without one, a shell.
+    #[arg(last = true, value_name = "COMMAND")]
+    pub command: Vec<OsString>,
+}
+
+/// `krun run`.
+#[derive(Debug, Args)]
+pub struct Run {
+    /// Directory on this host that becomes the guest's root.
+    #[arg(short, long, value_name = "DIR")]
+    pub root: PathBuf,
+
+    /// The guest cannot change the root.
+    #[arg(long)]
+    pub read_only: bool,
+
+    /// Share a host directory at a path of the guest, `:ro` if the guest may not change it.
+    #[arg(long = "volume", value_name = "HOST:GUEST[:ro]", value_parser = os_parser(volume))]
+    pub volumes: Vec<Volume>,
+
+    /// Virtual CPUs.
+    #[arg(short, long, value_name = "N", default_value_t = 1)]
+    pub cpus: u32,
+
+    /// Memory in MiB, or with a suffix: 512M, 2G.
+    #[arg(short, long, value_name = "SIZE", default_value = "512", value_parser = memory)]
+    pub memory: u64,
+
+    /// An environment variable; without a value it is taken from here.
+    #[arg(short, long, value_name = "KEY[=VALUE]", value_parser = os_parser(variable))]
+    pub env: Vec<OsString>,
+
+    /// Working directory in the guest.
+    #[arg(short, long, value_name = "DIR")]
+    pub workdir: Option<PathBuf>,
+
+    /// User, and group, by name or number in the guest.
+    #[arg(short, long, value_name = "USER[:GROUP]", value_parser = os_parser(user))]
+    pub user: Option<(OsString, Option<OsString>)>,
+
+    /// Host name of the guest.
+    #[arg(long, value_name = "NAME")]
+    pub hostname: Option<OsString>,
+
+    /// A resource limit, such as nofile=1024:4096.
+    #[arg(long = "ulimit", value_name = "NAME=SOFT[:HARD]")]
+    pub limits: Vec<krun::Limit>,
+
+    /// Insist on a terminal. The program gets one whenever standard input and output are terminals; with
+    /// this option it is an error if they are not.
+    #[arg(short, long)]
+    pub tty: bool,
+
+    /// Does nothing: standard input always reaches the program. Accepted so that -it works as elsewhere.
+    #[arg(short, long)]
+    pub interactive: bool,
+
+    /// Kernel: a bundle (libkrunfw.so.5) or an image (vmlinux, bzImage, gz, bz2, zstd).
+    #[arg(short, long, value_name = "FILE")]
+    pub kernel: Option<PathBuf>,
+
+    /// Initial RAM disk for a kernel image.
+    #[arg(long, value_name = "FILE", requires = "kernel")]
+    pub initramfs: Option<PathBuf>,
+
+    /// Words added to the kernel's command line.
+    #[arg(long, value_name = "WORDS")]
+    pub kernel_args: Option<String>,
+
+    /// Write the kernel's console (a serial port) to a file.
+    #[arg(long, value_name = "FILE")]
+    pub console_log: Option<PathBuf>,
+
+    /// Let the guest run virtual machines itself.
+    #[arg(long)]
+    pub nested: bool,
+
+    /// Where the guest runs.
+    #[arg(long, value_enum, value_name = "HOW", default_value_t = Accel::Auto)]
+    pub accel: Accel,
+
+    /// The program and its arguments; without one, what the root's /.krun_config.json says, else /bin/sh.
+    #[arg(last = true, value_name = "COMMAND")]
+    pub command: Vec<OsString>,
+}
+
+/// A host directory in the guest.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Volume {
+    /// On this host.
+    pub host: PathBuf,
+    /// In the guest, absolute.
+    pub guest: PathBuf,
+    /// The guest cannot change it.
+    pub read_only: bool,
+}
+
+/// A value parser from a function on bytes.
+fn os_parser<T: Clone + Send + Sync + 'static>(parse: fn(&OsStr) -> Result<T, String>) -> ValueParser {
+    ValueParser::new(OsStringValueParser::new().try_map(move |s| parse(&s)))
+}
+
+fn volume(text: &OsStr) -> Result<Volume, String> {
+    let bytes = text.as_bytes();
+    let (bytes, read_only) = match bytes.strip_suffix(b":ro") {
+        Some(rest) => (rest, true),
+        None => (bytes.strip_suffix(b":rw").unwrap_or(bytes), false),
+    };
+    let split = bytes.iter().rposition(|b| *b == b':');
+    let (host, guest) = match split {
+        Some(at) => (&bytes[..at], &bytes[at + 1..]),
+        None => return Err("write HOST:GUEST or HOST:GUEST:ro".into()),
+    };
+    let path = |b: &[u8]| PathBuf::from(OsString::from_vec(b.to_vec()));
+    if host.is_empty() {
+        return Err("the host directory before ':' is empty".into());
+    }
+    if !guest.starts_with(b"/") {
+        return Err("the path in the guest must be absolute".into());
+    }
+    Ok(Volume { host: path(host), guest: path(guest), read_only })
+}
+
+/// Memory in MiB.
+fn memory(text: &str) -> Result<u64, String> {
+    let lower = text.trim().to_ascii_lowercase();
+    let lower = lower.strip_suffix("ib").or_else(|| lower.strip_suffix('b')).unwrap_or(&lower);
+    let (digits, scale) = match lower.as_bytes().last() {
+        Some(b'm') => (&lower[..lower.len() - 1], 1),
+        Some(b'g') => (&lower[..lower.len() - 1], 1024),
+        Some(b't') => (&lower[..lower.len() - 1], 1024 * 1024),
+        _ => (lower, 1),
+    };
+    let number: u64 = digits.parse().map_err(|_| "write MiB, or a number with M, G or T".to_owned())?;
+    number.checked_mul(scale).ok_or_else(|| "more than a number can hold".to_owned())
+}
+
+fn variable(text: &OsStr) -> Result<OsString, String> {
+    if text.is_empty() || text.as_bytes().starts_with(b"=") {
+        return Err("the variable has no name".into());
+    }
+    Ok(text.to_owned())
+}
+
+fn user(text: &OsStr) -> Result<(OsString, Option<OsString>), String> {
+    let mut parts = text.as_bytes().splitn(2, |b| *b == b':');
+    let part = |b: &[u8]| OsString::from_vec(b.to_vec());
+    let user = parts.next().unwrap_or_default();
+    let group = parts.next();
+    if user.is_empty() || group.is_some_and(<[u8]>::is_empty) {
+        return Err("write USER or USER:GROUP".into());
+    }
+    Ok((part(user), group.map(part)))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use clap::CommandFactory;
+
+    #[test]
+    fn the_definition_is_sound() {
+        Cli::command().debug_assert();
+    }
+
+    #[test]
+    fn volumes() {
+        let v = |h: &str, g: &str, read_only| Volume { host: h.into(), guest: g.into(), read_only };
+        assert_eq!(volume(OsStr::new("/a:/b")), Ok(v("/a", "/b", false)));
+        assert_eq!(volume(OsStr::new("a:b:/c:ro")), Ok(v("a:b", "/c", true)));
+        for bad in ["/a", ":/b", "/a:b", "/a:"] {
+            assert!(volume(OsStr::new(bad)).is_err(), "{bad}");
+        }
+    }
+
+    #[test]
+    fn sizes() {
+        for (text, mib) in [("128", 128), ("2G", 2048), ("512MiB", 512), ("1t", 1 << 20)] {
+            assert_eq!(memory(text), Ok(mib));
+        }
+        for bad in ["", "x", "-1", "1.5G", "99999999999999999999"] {
+            assert!(memory(bad).is_err(), "{bad}");
+        }
+    }
+
+    #[test]
+    fn arguments_need_not_be_utf8() {
+        let odd = OsString::from_vec(vec![b'a', 0xff]);
+        let words: Vec<OsString> =
+            ["krun", "run", "--root", "/r", "--"].iter().map(Into::into).chain([odd.clone()]).collect();
+        let Command::Run(run) = Cli::try_parse_from(words).unwrap().command else { panic!("not run") };
+        assert_eq!(run.command, [odd]);
+    }
+}

@@ -1,0 +1,106 @@
+//! `krun run` in the emulated host: the same command there, with the same streams.
+
+use std::ffi::OsString;
+use std::io::IsTerminal;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+use krun_lab::{Command, Engine, RawMode, Running};
+
+use crate::args::{Lab, Run};
+use crate::{run, signals};
+
+/// Where the emulated host's kernel may be given.
+const KERNEL_VARIABLE: &str = "KRUN_HOST_KERNEL";
+
+/// The engine, if everything that it needs is there; said in a few words.
+pub fn ready() -> Result<String, String> {
+    let engine = engine()?;
+    Ok(format!("{} with {}", engine.qemu.display(), engine.kernel.display()))
+}
+
+fn engine() -> Result<Engine, String> {
+    Engine::new(&host_kernel()?, krun::INIT.to_vec()).map_err(|e| e.to_string())
+}
+
+/// The kernel named by the environment, else the newest in the cache.
+fn host_kernel() -> Result<PathBuf, String> {
+    if let Some(path) = std::env::var_os(KERNEL_VARIABLE) {
+        return Ok(path.into());
+    }
+    let cache = std::env::var_os("XDG_CACHE_HOME")
+        .map(PathBuf::from)
+        .or_else(|| std::env::var_os("HOME").map(|home| Path::new(&home).join(".cache")))
+        .unwrap_or_default()
+        .join("krun/kernel");
+    let kernels = std::fs::read_dir(&cache).into_iter().flatten().flatten();
+    kernels
+        .map(|entry| entry.path().join("vmlinux-host"))
+        .filter_map(|path| Some((path.metadata().ok()?.modified().ok()?, path)))
+        .max()
+        .map(|(_, path)| path)
+        .ok_or_else(|| {
+            format!(
+                "the emulated host has no kernel in {}; build it with: cargo xtask kernel --role host, or name one in {KERNEL_VARIABLE}",
+                cache.display()
+            )
+        })
+}
+
+/// Runs it there and gives back the exit status.
+pub fn run(args: &Run, verbose: u8) -> Result<i32, String> {
+    // The message is about what the user gave, not about what the other side sees.
+    run::check(args)?;
+    let engine = engine()?;
+    let exe = std::env::current_exe().map_err(|e| format!("cannot find this program's file: {e}"))?;
+    start(&engine, Command::new(words(&exe, verbose)), run::writable_paths(args))
+}
+
+/// Runs any command of this host there.
+pub fn lab(args: &Lab) -> Result<i32, String> {
+    let engine = engine()?;
+    if args.prepare {
+        return engine.prepare().map(|_| 0).map_err(|e| e.to_string());
+    }
+    let words = if args.command.is_empty() { vec![OsString::from("/bin/sh")] } else { args.command.clone() };
+    start(&engine, Command::new(words), args.writable.clone())
+}
+
+/// Runs a command there with this process's streams and terminal.
+fn start(engine: &Engine, mut command: Command, writable: Vec<PathBuf>) -> Result<i32, String> {
+    command.writable = writable;
+    let terminal = std::io::stdin().is_terminal() && std::io::stdout().is_terminal();
+    command.terminal = terminal.then(|| krun_lab::window_size(std::io::stdout()).unwrap_or_default());
+    let signals = signals::Signals::catch().map_err(|e| format!("cannot prepare for signals: {e}"))?;
+    let _raw = terminal.then(|| RawMode::enter(std::io::stdin())).transpose().map_err(|e| e.to_string())?;
+    let running: Arc<Running> = Arc::new(engine.run(command).map_err(|e| e.to_string())?);
+    signals.forward_to(&running);
+    running.wait().map_err(|e| e.to_string())
+}
+
+/// This command's own words, to be run on KVM.
+fn words(exe: &Path, verbose: u8) -> Vec<OsString> {
+    let mut words: Vec<OsString> = vec![exe.into(), "run".into(), "--accel".into(), "kvm".into()];
+    words.extend((0..verbose).map(|_| "--verbose".into()));
+    // Between `run` and `--`, the options as they were given, but for the one on how to run.
+    let mut given = std::env::args_os().skip(1).skip_while(|w| w != "run").skip(1);
+    while let Some(word) = given.next() {
+        if word == "--" {
+            words.push(word);
+            break;
+        }
+        let text = word.to_string_lossy();
+        if text == "--accel" {
+            let _ = given.next();
+        } else if !text.starts_with("--accel=") && text != "--verbose" && !is_verbosity(&text) {
+            words.push(word);
+        }
+    }
+    words.extend(given);
+    words
+}
+
+/// `-v`, `-vv` and so on.
+fn is_verbosity(word: &str) -> bool {
+    word.len() > 1 && word.strip_prefix('-').is_some_and(|rest| rest.chars().all(|c| c == 'v'))
+}

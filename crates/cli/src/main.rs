@@ -1,0 +1,83 @@
+//! The `krun` command: programs in microVMs.
+
+mod args;
+mod doctor;
+mod emulated;
+mod run;
+mod signals;
+
+use std::io;
+use std::process::ExitCode;
+
+use clap::{CommandFactory, Parser};
+use tracing::level_filters::LevelFilter;
+
+use args::{Accel, Cli, Command, Run};
+
+/// Exit status when the VM could not be set up, as of other programs that run programs.
+const EXIT_SETUP: u8 = 125;
+
+fn main() -> ExitCode {
+    let cli = match Cli::try_parse() {
+        Ok(cli) => cli,
+        Err(e) => {
+            let _ = e.print();
+            return ExitCode::from(if e.use_stderr() { EXIT_SETUP } else { 0 });
+        }
+    };
+    log(cli.verbose);
+    match act(&cli) {
+        Ok(status) => ExitCode::from(u8::try_from(status).unwrap_or(EXIT_SETUP)),
+        Err(message) => {
+            eprintln!("krun: {message}");
+            ExitCode::from(EXIT_SETUP)
+        }
+    }
+}
+
+fn log(verbose: u8) {
+    let level = match verbose {
+        0 => LevelFilter::ERROR,
+        1 => LevelFilter::INFO,
+        _ => LevelFilter::TRACE,
+    };
+    tracing_subscriber::fmt().with_max_level(level).with_writer(io::stderr).without_time().init();
+}
+
+fn act(cli: &Cli) -> Result<i32, String> {
+    let mut out = io::stdout().lock();
+    let printing = |e: io::Error| format!("standard output: {e}");
+    match &cli.command {
+        Command::Run(args) => {
+            drop(out);
+            run_somewhere(args, cli.verbose)
+        }
+        Command::Lab(args) => {
+            drop(out);
+            emulated::lab(args)
+        }
+        Command::Doctor => doctor::doctor(&mut out).map_err(printing),
+        Command::Completions { shell } => {
+            clap_complete::generate(*shell, &mut Cli::command(), "krun", &mut out);
+            Ok(0)
+        }
+        Command::Man => clap_mangen::Man::new(Cli::command()).render(&mut out).map(|()| 0).map_err(printing),
+    }
+}
+
+/// Runs it on KVM, or in the emulated host where KVM does not serve.
+fn run_somewhere(args: &Run, verbose: u8) -> Result<i32, String> {
+    match args.accel {
+        Accel::Kvm => run::run(args, verbose > 0),
+        Accel::Emulated => emulated::run(args, verbose),
+        Accel::Auto => {
+            let probe = krun::host::probe();
+            if probe.usable() {
+                return run::run(args, verbose > 0);
+            }
+            let why = probe.findings.first().map(ToString::to_string).unwrap_or_default();
+            eprintln!("krun: {why} Running in an emulated host instead (krun doctor says more).");
+            emulated::run(args, verbose)
+        }
+    }
+}
