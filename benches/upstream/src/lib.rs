@@ -1,0 +1,1 @@
+//! Holds the dependency whose `cdylib` is measured.

@@ -1,0 +1,91 @@
+//! `cargo xtask install --prefix DIR`: library, header, pkg-config file, command, completions, manual.
+
+use std::fs;
+use std::os::unix::fs::{PermissionsExt, symlink};
+use std::path::{Path, PathBuf};
+use std::process::Command;
+
+const VERSION: &str = env!("CARGO_PKG_VERSION");
+
+/// Version of the C ABI that pkg-config reports: that of the libkrun 1.x it serves.
+const ABI_VERSION: &str = "1.19.0";
+
+/// Builds a release and puts it under `prefix`; `destdir` is put before every path.
+///
+/// # Errors
+/// What could not be built or written.
+pub fn run(prefix: &Path, destdir: Option<&Path>) -> Result<(), String> {
+    let build = ["build", "--quiet", "--release", "-p", "krun-cli", "-p", "libkrun"];
+    let status = Command::new("cargo").args(build).status().map_err(|e| format!("cannot run cargo: {e}"))?;
+    if !status.success() {
+        return Err("the build failed".into());
+    }
+    let release = crate::target_dir().join("release");
+    let krun = release.join("krun");
+    let to = |path: &str| -> PathBuf {
+        let under = prefix.join(path);
+        match destdir {
+            Some(dir) => dir.join(under.strip_prefix("/").unwrap_or(&under)),
+            None => under,
+        }
+    };
+    put(&to("bin/krun"), &read(&krun)?, 0o755)?;
+    let real = format!("libkrun.so.{ABI_VERSION}");
+    put(&to("lib").join(&real), &read(&release.join("libkrun.so"))?, 0o755)?;
+    link(&real, &to("lib/libkrun.so.1"))?;
+    link("libkrun.so.1", &to("lib/libkrun.so"))?;
+    put(&to("include/libkrun.h"), &read(Path::new("include/libkrun.h"))?, 0o644)?;
+    put(&to("lib/pkgconfig/libkrun.pc"), pkg_config(prefix).as_bytes(), 0o644)?;
+    for (path, args) in [
+        ("share/man/man1/krun.1", &["man"] as &[&str]),
+        ("share/bash-completion/completions/krun", &["completions", "bash"]),
+        ("share/zsh/site-functions/_krun", &["completions", "zsh"]),
+        ("share/fish/vendor_completions.d/krun.fish", &["completions", "fish"]),
+    ] {
+        let out = Command::new(&krun).args(args).output().map_err(|e| format!("{}: {e}", krun.display()))?;
+        put(&to(path), &out.stdout, 0o644)?;
+    }
+    println!("krun {VERSION} is in {}", prefix.display());
+    Ok(())
+}
+
+fn pkg_config(prefix: &Path) -> String {
+    format!(
+        "prefix={}\nlibdir=${{prefix}}/lib\nincludedir=${{prefix}}/include\n\n\
+         Name: libkrun\nDescription: Run a program in a microVM\nVersion: {ABI_VERSION}\n\
+         Libs: -L${{libdir}} -lkrun\nCflags: -I${{includedir}}\n",
+        prefix.display()
+    )
+}
+
+fn read(path: &Path) -> Result<Vec<u8>, String> {
+    fs::read(path).map_err(|e| format!("{}: {e}", path.display()))
+}
+
+fn put(path: &Path, bytes: &[u8], mode: u32) -> Result<(), String> {
+    let fail = |e: std::io::Error| format!("{}: {e}", path.display());
+    if let Some(dir) = path.parent() {
+        fs::create_dir_all(dir).map_err(fail)?;
+    }
+    // A running program or a mapped library keeps its file; the name gets a new one.
+    let _ = fs::remove_file(path);
+    fs::write(path, bytes).map_err(fail)?;
+    fs::set_permissions(path, fs::Permissions::from_mode(mode)).map_err(fail)
+}
+
+fn link(target: &str, path: &Path) -> Result<(), String> {
+    let _ = fs::remove_file(path);
+    symlink(target, path).map_err(|e| format!("{}: {e}", path.display()))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_pkg_config_file_names_the_prefix_once() {
+        let text = pkg_config(Path::new("/opt/krun"));
+        assert!(text.starts_with("prefix=/opt/krun\n"));
+        assert_eq!(text.matches("/opt/krun").count(), 1);
+    }
+}

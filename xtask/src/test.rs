@@ -1,0 +1,263 @@
+//! `cargo xtask test`: everything that can be checked here, with counts.
+
+use std::io::{BufRead, BufReader};
+use std::path::PathBuf;
+use std::process::{Command, Stdio};
+use std::thread;
+use std::time::Instant;
+
+use crate::emulated::Lab;
+use crate::{arrows, debian_bundle, kernel, packages, rootfs};
+
+/// What a part of the tests came to.
+#[derive(Debug, Default, Clone, PartialEq, Eq)]
+pub struct Counts {
+    passed: u32,
+    failed: u32,
+    /// Why each skipped test was.
+    skipped: Vec<String>,
+}
+
+impl Counts {
+    fn add(&mut self, other: Self) {
+        self.passed += other.passed;
+        self.failed += other.failed;
+        self.skipped.extend(other.skipped);
+    }
+
+    /// Counts a check that is not one of a test runner's.
+    fn check(&mut self, what: &str, result: Result<(), String>) {
+        match result {
+            Ok(()) => self.passed += 1,
+            Err(e) => {
+                self.failed += 1;
+                eprintln!("{what} failed: {e}");
+            }
+        }
+    }
+
+    /// Takes in one line of `cargo test` or of the VM tests.
+    fn line(&mut self, line: &str) {
+        if let Some(rest) = line.strip_prefix("test result: ") {
+            let number = |word: &str| {
+                let before = rest.split(word).next().unwrap_or_default();
+                before.rsplit(' ').find_map(|w| w.parse::<u32>().ok()).unwrap_or(0)
+            };
+            self.passed += number(" passed");
+            self.failed += number(" failed");
+        } else if let Some(rest) = line.strip_prefix("vm tests: ") {
+            let mut words = rest.split(' ');
+            let mut number = || words.by_ref().find_map(|w| w.parse::<u32>().ok()).unwrap_or(0);
+            self.passed += number();
+            self.failed += number();
+        } else if line.contains(" ... skipped: ")
+            || line.starts_with("skipped: ")
+            || line.contains(" ... ignored")
+        {
+            self.skipped.push(line.to_owned());
+        }
+    }
+}
+
+/// Runs `command`, shows what it prints and counts it.
+fn counted(what: &str, command: &mut Command) -> Counts {
+    let mut counts = Counts::default();
+    let mut child = match command.stdin(Stdio::null()).stdout(Stdio::piped()).spawn() {
+        Ok(child) => child,
+        Err(e) => {
+            counts.check(what, Err(format!("cannot start: {e}")));
+            return counts;
+        }
+    };
+    for line in
+        child.stdout.take().into_iter().flat_map(|out| BufReader::new(out).lines()).map_while(Result::ok)
+    {
+        println!("{line}");
+        counts.line(&line);
+    }
+    match child.wait() {
+        Ok(status) if status.success() => {}
+        // Failures that were counted make the status bad too; a bad status without any is one more.
+        Ok(status) if counts.failed == 0 => counts.check(what, Err(format!("ended with {status}"))),
+        Ok(_) => {}
+        Err(e) => counts.check(what, Err(e.to_string())),
+    }
+    counts
+}
+
+fn cargo(args: &[&str]) -> Result<(), String> {
+    let status = Command::new("cargo").args(args).env("RUSTDOCFLAGS", "-D warnings").status();
+    match status {
+        Ok(status) if status.success() => Ok(()),
+        Ok(status) => Err(format!("cargo {} ended with {status}", args.join(" "))),
+        Err(e) => Err(format!("cannot run cargo: {e}")),
+    }
+}
+
+fn stage(name: &str) {
+    println!("== {name}");
+}
+
+/// Runs all tests, or only the VM tests whose names start with one of `names`.
+///
+/// # Errors
+/// Something failed, or a part could not be run at all.
+pub fn run(names: &[String]) -> Result<(), String> {
+    let start = Instant::now();
+    let mut counts = Counts::default();
+    if names.is_empty() {
+        packages::ensure("the tests", TOOLS)?;
+        stage("format, lints, documentation, dependency arrows");
+        counts.check("cargo fmt", cargo(&["fmt", "--all", "--check"]));
+        counts.check("dependency arrows", arrows::check());
+        let clippy = ["clippy", "--quiet", "--workspace", "--all-targets", "--", "-D", "warnings"];
+        counts.check("cargo clippy", cargo(&clippy));
+        counts.check("cargo doc", cargo(&["doc", "--quiet", "--workspace", "--no-deps"]));
+        stage("unit and property tests");
+        let mut unit = Command::new("cargo");
+        unit.args(["test", "--quiet", "--workspace", "--no-fail-fast"]);
+        counts.add(counted("cargo test", &mut unit));
+    }
+    stage("VM tests in the emulated host");
+    counts.add(vm_tests(names)?);
+    for why in &counts.skipped {
+        println!("skipped: {why}");
+    }
+    println!("{} skipped, {:.0} s", counts.skipped.len(), start.elapsed().as_secs_f64());
+    println!("{} passed, {} failed", counts.passed, counts.failed);
+    if counts.failed == 0 { Ok(()) } else { Err(format!("{} tests failed", counts.failed)) }
+}
+
+/// Packages besides those of the kernel build and the emulated host, which say so themselves.
+const TOOLS: &[&str] = &["gcc", "libc6-dev", "pkg-config", "bzip2", "zstd", "gzip", "cpio"];
+
+/// Builds what the VM tests need and runs them against both kernel bundles, one emulated host each.
+fn vm_tests(names: &[String]) -> Result<Counts, String> {
+    let ours = kernel::ensure_guest()?;
+    let debian = debian_bundle::ensure()?;
+    let root = rootfs::ensure(rootfs::TEST)?;
+    let built = build()?;
+    let images = kernel_images(&ours.vmlinux)?;
+    // The two halves run side by side; the emulated host is single-threaded.
+    let lab = Lab::ensure(&built.krun)?;
+    let bundles = [("our kernel", ours.bundle), ("Debian's libkrunfw5", debian)];
+    let runs: Vec<_> = bundles
+        .into_iter()
+        .map(|(label, bundle)| {
+            let mut words = vec![
+                built.tests.clone().into_os_string(),
+                "host".into(),
+                "--root".into(),
+                root.clone().into(),
+                "--kernel".into(),
+                bundle.into(),
+                "--krun".into(),
+                built.krun.clone().into(),
+                "--chroot-vm".into(),
+                built.chroot_vm.clone().into(),
+            ];
+            words.extend(names.iter().map(Into::into));
+            let env = vec![
+                ("KRUN_TEST_KERNELS".into(), images.clone().into_os_string()),
+                // Its own and empty, so that what a test leaves behind can be seen.
+                ("TMPDIR".into(), "/run".into()),
+            ];
+            let (root, lab) = (root.clone(), lab.clone());
+            thread::spawn(move || (label, lab.capture(&words, &env, &[root])))
+        })
+        .collect();
+    let mut counts = Counts::default();
+    for run in runs {
+        let (label, result) = run.join().map_err(|_| "a test thread panicked".to_owned())?;
+        println!("-- with {label}");
+        let (status, text) = result?;
+        let mut part = Counts::default();
+        for line in text.lines() {
+            println!("{line}");
+            part.line(line);
+        }
+        if !text.lines().any(|l| l.starts_with("vm tests: ")) {
+            part.check(label, Err(format!("ended with status {status} before the last test")));
+        }
+        counts.add(part);
+    }
+    Ok(counts)
+}
+
+/// Programs under test.
+pub struct Built {
+    /// The `krun` command.
+    pub krun: PathBuf,
+    /// The VM tests.
+    pub tests: PathBuf,
+    /// The C example; `libkrun.so.1` lies beside it.
+    pub chroot_vm: PathBuf,
+}
+
+/// Builds the release programs and the C example against the library.
+///
+/// # Errors
+/// The compiler's.
+pub fn build() -> Result<Built, String> {
+    cargo(&["build", "--quiet", "--release", "-p", "krun-cli", "-p", "libkrun", "-p", "krun-tests"])?;
+    let release = crate::target_dir().join("release");
+    let chroot_vm = release.join("chroot_vm");
+    let soname = release.join("libkrun.so.1");
+    let _ = std::fs::remove_file(&soname);
+    std::os::unix::fs::symlink("libkrun.so", &soname).map_err(|e| format!("{}: {e}", soname.display()))?;
+    let status = Command::new("cc")
+        .args(["-O2", "-Wall", "-Wextra", "-Werror", "-Iinclude", "-o"])
+        .arg(&chroot_vm)
+        .arg("examples/chroot_vm.c")
+        .arg(format!("-L{}", release.display()))
+        .arg("-lkrun")
+        .status()
+        .map_err(|e| format!("cannot run cc: {e}"))?;
+    if !status.success() {
+        return Err(format!("compiling examples/chroot_vm.c: {status}"));
+    }
+    Ok(Built { krun: release.join("krun"), tests: release.join("krun-vmtests"), chroot_vm })
+}
+
+/// The guest kernel in every format that `krun_set_kernel` takes on this architecture.
+fn kernel_images(vmlinux: &std::path::Path) -> Result<PathBuf, String> {
+    let dir = vmlinux.with_file_name("images");
+    let done = dir.join("complete");
+    if done.exists() {
+        return Ok(dir);
+    }
+    std::fs::create_dir_all(&dir).map_err(|e| format!("{}: {e}", dir.display()))?;
+    let script = "cp \"$1\" vmlinux && gzip -9nc vmlinux > image.gz && bzip2 -9c vmlinux > image.bz2 && \
+        zstd -q -f -19 vmlinux -o image.zst && cp vmlinux image && touch complete";
+    let status = Command::new("sh")
+        .args(["-ec", script, "sh"])
+        .arg(vmlinux)
+        .current_dir(&dir)
+        .status()
+        .map_err(|e| format!("cannot run sh: {e}"))?;
+    if status.success() {
+        Ok(dir)
+    } else {
+        Err(format!("making kernel images in {}: {status}", dir.display()))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn lines_are_counted() {
+        let mut counts = Counts::default();
+        for line in [
+            "running 3 tests",
+            "test result: ok. 12 passed; 1 failed; 2 ignored; 0 measured; 0 filtered out; finished in 0.1s",
+            "vm test kernels ... skipped: no images",
+            "vm tests: 5 passed, 2 failed, 1 skipped",
+        ] {
+            counts.line(line);
+        }
+        let skipped = vec!["vm test kernels ... skipped: no images".to_owned()];
+        assert_eq!(counts, Counts { passed: 17, failed: 3, skipped });
+    }
+}
