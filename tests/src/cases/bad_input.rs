@@ -1,0 +1,88 @@
+//! Bad input: each with its own message, nothing left behind.
+
+use krun::{Kernel, KernelFormat, Share, Vm, VmConfig};
+
+use crate::harness::{Case, Env, Failure, TempDir, contains, no_guest, own_resources, same};
+
+pub const CASE: Case = Case { name: "bad_input", host, guest: no_guest };
+
+/// A file that is no kernel of any format.
+fn not_a_kernel(dir: &TempDir) -> Result<std::path::PathBuf, Failure> {
+    let path = dir.path().join("not-a-kernel");
+    std::fs::write(&path, b"this is no kernel")?;
+    Ok(path)
+}
+
+type Change = Box<dyn Fn(&mut VmConfig)>;
+
+fn host(env: &Env) -> Result<(), Failure> {
+    let dir = TempDir::new("bad")?;
+    let (file, missing) = (not_a_kernel(&dir)?, dir.path().join("missing"));
+    let kernel = |path: &std::path::Path, format| {
+        let kernel = Kernel::File { path: path.to_owned(), format, initramfs: None, cmdline: None };
+        Box::new(move |c: &mut VmConfig| c.kernel = kernel.clone()) as Change
+    };
+    let root = |path: &std::path::Path| {
+        let share = Share::root(path);
+        Box::new(move |c: &mut VmConfig| c.shares = vec![share.clone()]) as Change
+    };
+    let mut changes: Vec<(&str, Change)> = vec![
+        ("missing", root(&missing)),
+        ("not-a-kernel", root(&file)),
+        ("vCPU", Box::new(|c| c.vcpus = 0)),
+        ("65", Box::new(|c| c.vcpus = 65)),
+        ("1 MiB", Box::new(|c| c.memory_mib = 1)),
+        ("10485760", Box::new(|c| c.memory_mib = 10 << 20)),
+        ("36", Box::new(|c| c.shares.push(Share::new("x".repeat(37), "/")))),
+        ("NUL", Box::new(|c| c.command.args.push("a\0b".into()))),
+        ("missing", kernel(&missing, KernelFormat::Elf)),
+    ];
+    let bundle = missing.clone();
+    changes.push(("missing", Box::new(move |c| c.kernel = Kernel::Bundle(Some(bundle.clone())))));
+    for format in [
+        KernelFormat::Raw,
+        KernelFormat::Elf,
+        KernelFormat::ImageGz,
+        KernelFormat::ImageBz2,
+        KernelFormat::ImageZstd,
+    ] {
+        changes.push(("not-a-kernel", kernel(&file, format)));
+    }
+    // The bundle that is found first stays loaded.
+    same("a good one", crate::harness::run(env.shell("true"))?.code, 0)?;
+    let before = own_resources()?;
+    let mut seen = Vec::new();
+    for (part, change) in changes {
+        let mut config = env.shell("true");
+        change(&mut config);
+        match Vm::start(config) {
+            Ok(_) => return Err(Failure::Wrong(format!("the case for {part:?} was started"))),
+            Err(e) => {
+                contains("message", &e.to_string(), part)?;
+                seen.push(e.to_string());
+            }
+        }
+    }
+    same("descriptors and threads", own_resources()?, before)?;
+    cli(env, &dir)
+}
+
+/// The same through the command: status 125 and one or two sentences.
+fn cli(env: &Env, dir: &TempDir) -> Result<(), Failure> {
+    let volume = format!("{}:/mnt", dir.path().join("missing").display());
+    for (args, part) in [
+        (vec!["--volume", &volume], "no such directory"),
+        (vec!["--root", "/"], "--root"),
+        (vec!["--cpus", "65"], "65"),
+        (vec!["--memory", "banana"], "banana"),
+        (vec!["--user", ""], "USER"),
+        (vec!["--tty"], "terminal"),
+    ] {
+        let output =
+            env.krun()?.args(&args).args(["--", "true"]).stdin(std::process::Stdio::null()).output()?;
+        let text = String::from_utf8_lossy(&output.stderr).into_owned();
+        same(&format!("status of {args:?} ({text})"), output.status.code(), Some(125))?;
+        contains(&format!("{args:?}"), &text, part)?;
+    }
+    Ok(())
+}

@@ -1,0 +1,46 @@
+//! The cases, one file each.
+
+use crate::harness::Case;
+
+mod bad_input;
+mod bytes;
+mod c_abi;
+mod endings;
+mod exit_codes;
+mod files;
+mod init;
+mod kernels;
+mod leftovers;
+mod processors;
+mod programs;
+mod several;
+mod shares;
+mod signals;
+mod stdio;
+mod terminal;
+
+/// Every case.
+pub const ALL: &[Case] = &[
+    exit_codes::CASE,
+    stdio::CASE,
+    stdio::BULK,
+    bytes::CASE,
+    files::CASE,
+    files::MANY,
+    shares::CASE,
+    init::CASE,
+    processors::CASE,
+    endings::CASE,
+    signals::CASE,
+    several::CASE,
+    leftovers::CASE,
+    terminal::CASE,
+    terminal::RESTORED,
+    programs::PYTHON,
+    programs::GIT,
+    programs::COMPILE,
+    programs::DPKG,
+    kernels::CASE,
+    bad_input::CASE,
+    c_abi::CASE,
+];
