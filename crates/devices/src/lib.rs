@@ -1,6 +1,7 @@
 //! The devices of the machine. Each is a [`krun_virtio::VirtioDevice`] made from a spec of plain data; none
 //! knows the hypervisor. System calls that need `unsafe` are in `sys` modules.
 
+pub mod balloon;
 pub mod console;
 pub mod fs;
 pub mod legacy;

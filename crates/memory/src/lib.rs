@@ -4,6 +4,8 @@
 //! physical address space. [`GuestMemory`] is the set of those mappings by guest physical address;
 //! devices reach the guest through it and never through slices.
 
+mod release;
+
 use std::fs::File;
 use std::os::fd::OwnedFd;
 use std::sync::Arc;
@@ -15,6 +17,8 @@ pub use vm_memory::{
     GuestMemoryRegion, GuestUsize, Le16, Le32, Le64, MmapRegion, ReadVolatile, VolatileMemory,
     VolatileMemoryError, VolatileSlice, WriteVolatile,
 };
+
+pub use release::{ReleaseError, release};
 
 /// All memory of a guest by guest physical address. Cloning shares the mappings.
 pub type GuestMemory = vm_memory::GuestMemoryMmap<()>;
@@ -91,6 +95,11 @@ impl Memfd {
     /// Length in bytes.
     pub fn size(&self) -> u64 {
         self.size
+    }
+
+    /// The file itself, to be passed on.
+    pub fn file(&self) -> &File {
+        &self.file
     }
 
     /// Maps `size` bytes from `offset`, shared.
