@@ -137,6 +137,10 @@ pub struct Run {
     #[arg(long)]
     pub nested: bool,
 
+    /// Keep memory that the guest has freed; without this option it goes back to the host after some seconds.
+    #[arg(long)]
+    pub no_balloon: bool,
+
     /// Where the guest runs.
     #[arg(long, value_enum, value_name = "HOW", default_value_t = Accel::Auto)]
     pub accel: Accel,

@@ -59,6 +59,7 @@ fn config(args: &Run, verbose: bool) -> Result<VmConfig, String> {
         ],
         serial,
         nested: args.nested,
+        balloon: !args.no_balloon,
         verbose,
         ..VmConfig::default()
     })

@@ -5,6 +5,7 @@ use std::os::fd::OwnedFd;
 use std::os::unix::net::UnixStream;
 use std::sync::Arc;
 
+use krun_devices::balloon::{Balloon, BalloonHandle};
 use krun_devices::console::{ConsoleHandle, ConsoleSpec, PortSpec};
 use krun_devices::fs::{self, ExitCode, FsSpec};
 use krun_devices::rng::Rng;
@@ -24,6 +25,7 @@ pub struct Parts {
     pub consoles: Vec<ConsoleHandle>,
     /// Terminals to put in raw mode while the VM runs.
     pub terminals: Vec<OwnedFd>,
+    pub balloon: Option<BalloonHandle>,
 }
 
 /// The ports of one console device, and what init must know about them.
@@ -204,6 +206,13 @@ pub fn assemble(mut config: VmConfig) -> Result<Parts, Error> {
     if config.rng {
         devices.push(Box::new(Rng::new()));
     }
+    let mut balloon = None;
+    if config.balloon {
+        let fail = |source| Error::Host { what: "create the memory balloon", source };
+        let device = Balloon::new().map_err(fail)?;
+        balloon = Some(device.handle());
+        devices.push(Box::new(device));
+    }
     let spec = Spec {
         vcpus: u32::from(config.vcpus),
         ram_mib: u64::from(config.memory_mib),
@@ -214,7 +223,7 @@ pub fn assemble(mut config: VmConfig) -> Result<Parts, Error> {
         nested: config.nested,
         ..Spec::default()
     };
-    Ok(Parts { spec, devices, exit_code, control: host_end, consoles: handles, terminals })
+    Ok(Parts { spec, devices, exit_code, control: host_end, consoles: handles, terminals, balloon })
 }
 
 type Consoles = (Vec<Box<dyn VirtioDevice>>, Vec<ConsoleHandle>, Vec<OwnedFd>, wire::Stdio);
@@ -268,7 +277,13 @@ mod tests {
     fn the_root_comes_first_and_the_others_keep_their_order() {
         let dir = std::env::temp_dir();
         let shares = vec![Share::new("a", &dir), Share::new("b", &dir), Share::root(&dir)];
-        let config = VmConfig { shares, command: Command::new("x"), rng: false, ..VmConfig::default() };
+        let config = VmConfig {
+            shares,
+            command: Command::new("x"),
+            rng: false,
+            balloon: false,
+            ..VmConfig::default()
+        };
         let parts = assemble(config).unwrap();
         let names: Vec<_> = parts.devices.iter().map(|d| d.info().id).collect();
         assert_eq!(names, [26, 26, 26, 3]);

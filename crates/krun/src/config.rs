@@ -37,6 +37,9 @@ pub struct VmConfig {
     pub serial: Option<Serial>,
     /// A virtio entropy device.
     pub rng: bool,
+    /// A memory balloon: memory that the guest has freed goes back to the host by itself, and
+    /// [`crate::Vm::set_balloon`] asks for more.
+    pub balloon: bool,
     /// Emulate the IOAPIC in this process (x86_64).
     pub split_irqchip: bool,
     /// Let the guest use the processor's virtualisation.
@@ -59,6 +62,7 @@ impl Default for VmConfig {
             consoles: Vec::new(),
             serial: None,
             rng: true,
+            balloon: true,
             split_irqchip: false,
             nested: false,
             verbose: false,

@@ -3,6 +3,7 @@
 use std::ffi::OsString;
 use std::io;
 
+use krun_devices::balloon::BalloonError;
 use krun_devices::console::ConsoleError;
 use krun_devices::fs::FsError;
 use krun_machine::Outcome;
@@ -20,6 +21,12 @@ pub enum Error {
     /// A console.
     #[error(transparent)]
     Console(#[from] ConsoleError),
+    /// The memory balloon.
+    #[error(transparent)]
+    Balloon(#[from] BalloonError),
+    /// The memory balloon, of a VM without one.
+    #[error("the VM was started without a memory balloon")]
+    NoBalloon,
     /// A string that cannot be passed to a program.
     #[error("{text:?} has a NUL byte in it, which no argument, variable or path can have")]
     Nul {

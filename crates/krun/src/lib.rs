@@ -25,6 +25,7 @@ mod command;
 mod config;
 mod error;
 pub mod host;
+mod reclaim;
 mod vm;
 
 pub use command::{Command, Limit, LimitError};
@@ -32,8 +33,10 @@ pub use config::{
     Console, Kernel, KernelFormat, Overlay, OverlayContent, Port, ROOT_TAG, Serial, Share, VmConfig,
 };
 pub use error::Error;
+pub use krun_devices::balloon::{BalloonError, MemoryStats};
 pub use krun_machine::{ExitCounts, Outcome};
 pub use krun_wire::{EXIT_NOT_EXECUTABLE, EXIT_NOT_FOUND, EXIT_SETUP};
+pub use reclaim::BalloonStatus;
 pub use vm::{ExitStatus, Vm};
 
 /// The built-in init of guests: a static program.

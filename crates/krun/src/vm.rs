@@ -5,6 +5,7 @@ use std::os::unix::net::UnixStream;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
+use krun_devices::balloon::BalloonHandle;
 use krun_devices::fs::ExitCode;
 use krun_devices::tty::RawTerminal;
 use krun_machine::{ExitCounts, Machine, Outcome, Running};
@@ -39,6 +40,7 @@ pub struct Vm {
     exit_code: Arc<ExitCode>,
     control: Option<Mutex<UnixStream>>,
     consoles: Vec<krun_devices::console::ConsoleHandle>,
+    pub(crate) balloon: Option<BalloonHandle>,
     terminals: Mutex<Vec<RawTerminal>>,
     result: Mutex<Option<Result<ExitStatus, Arc<Error>>>>,
 }
@@ -49,7 +51,7 @@ impl Vm {
     /// # Errors
     /// What cannot work, with the value that is wrong and what would work; nothing is left behind.
     pub fn start(config: VmConfig) -> Result<Self, Error> {
-        let Parts { spec, devices, exit_code, control, consoles, terminals } = assemble(config)?;
+        let Parts { spec, devices, exit_code, control, consoles, terminals, balloon } = assemble(config)?;
         let running = Machine::start(spec, devices)?;
         let terminals = terminals
             .iter()
@@ -61,6 +63,7 @@ impl Vm {
             exit_code,
             control: control.map(Mutex::new),
             consoles,
+            balloon,
             terminals: Mutex::new(terminals),
             result: Mutex::new(None),
         })

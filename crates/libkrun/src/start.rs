@@ -88,6 +88,7 @@ fn config(context: &mut Context) -> Answer<api::VmConfig> {
         nested: context.nested,
         kernel_args: defaults.kernel_args,
         rng: defaults.rng,
+        balloon: defaults.balloon,
         verbose: defaults.verbose,
         consoles,
         serial,

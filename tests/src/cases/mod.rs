@@ -3,6 +3,7 @@
 use crate::harness::Case;
 
 mod bad_input;
+mod balloon;
 mod bytes;
 mod c_abi;
 mod endings;
@@ -43,4 +44,5 @@ pub const ALL: &[Case] = &[
     kernels::CASE,
     bad_input::CASE,
     c_abi::CASE,
+    balloon::CASE,
 ];
