@@ -4,6 +4,7 @@
 pub mod balloon;
 pub mod console;
 pub mod fs;
+pub mod input;
 pub mod legacy;
 pub mod rng;
 mod sys;
