@@ -3,6 +3,8 @@
 use std::os::fd::OwnedFd;
 use std::path::PathBuf;
 
+use crate::boot::smbios::{self, OemStringError};
+
 /// Most virtual CPUs of a machine.
 pub const MAX_VCPUS: u32 = 16;
 /// Least RAM: below it no kernel of today gets as far as its init.
@@ -29,6 +31,8 @@ pub struct Spec {
     pub nested: bool,
     /// How the kernel is entered.
     pub entry: Entry,
+    /// Strings for the guest, in its SMBIOS tables; without any it has no such tables.
+    pub oem_strings: Vec<String>,
     /// RAM is a file in memory that can be passed to other processes (vhost-user). Slower on most hosts.
     pub shared_memory: bool,
 }
@@ -57,6 +61,7 @@ impl Default for Spec {
             split_irqchip: false,
             nested: false,
             entry: Entry::Auto,
+            oem_strings: Vec::new(),
             shared_memory: false,
         }
     }
@@ -130,6 +135,9 @@ pub enum SpecError {
         /// What was asked for.
         asked: u64,
     },
+    /// See [`Spec::oem_strings`].
+    #[error(transparent)]
+    OemString(#[from] OemStringError),
 }
 
 impl Spec {
@@ -147,7 +155,7 @@ impl Spec {
         if self.ram_mib > MAX_RAM_MIB {
             return Err(SpecError::RamTooLarge { asked: self.ram_mib });
         }
-        Ok(())
+        Ok(smbios::check(&self.oem_strings)?)
     }
 
     /// RAM in bytes.

@@ -5,6 +5,7 @@ pub mod data;
 pub mod kernel;
 pub mod layout;
 pub mod params;
+pub mod smbios;
 
 use std::path::PathBuf;
 
@@ -167,6 +168,7 @@ impl BootImage {
         let (pointer, table) = mp_table(board.vcpus, layout::MP_TABLE as u32);
         let mut writes =
             vec![(layout::MP_POINTER, pointer.to_vec()), (layout::CMDLINE, line), (layout::MP_TABLE, table)];
+        writes.extend(smbios::tables(&spec.oem_strings));
         let state = match (spec.entry, image.pvh) {
             (Entry::Auto | Entry::Long64, _) => {
                 writes.push((layout::GDT, flat_gdt().to_vec()));
