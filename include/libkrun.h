@@ -99,6 +99,10 @@ int32_t krun_set_kernel_console(uint32_t ctx_id, const char *console_id);
 /* Keeps the IOAPIC in this process and only the local APICs in the host kernel (x86_64). */
 int32_t krun_split_irqchip(uint32_t ctx_id, bool enable);
 
+/* Strings, none empty, that the guest finds in its SMBIOS tables (type 11); its kernel needs CONFIG_DMI. At most
+ * 255 of 63 KiB in all. An empty list is the default: no tables. */
+int32_t krun_set_smbios_oem_strings(uint32_t ctx_id, const char *const oem_strings[]);
+
 /* Lets the guest run virtual machines itself. */
 int32_t krun_set_nested_virt(uint32_t ctx_id, bool enabled);
 
@@ -184,6 +188,18 @@ int32_t krun_add_console_port_tty(uint32_t ctx_id, uint32_t console_id, const ch
 int32_t krun_add_console_port_inout(uint32_t ctx_id, uint32_t console_id, const char *name, int input_fd,
                                     int output_fd);
 
+/* -------------------------------------------------------------------- input */
+
+/* An input device whose events come from callbacks: a struct krun_input_config and a struct
+ * krun_input_event_provider of libkrun_input.h, with their sizes. Both are copied. */
+int krun_add_input_device(uint32_t ctx_id, const void *config_backend, size_t config_backend_size,
+                          const void *events_backend, size_t events_backend_size);
+
+/* An input device of this host: a descriptor of /dev/input/event*, open for reading, and for writing if the
+ * guest may switch its lights. It has to stay open until the VM starts. The host sees the events too, unless
+ * the caller grabbed the device (EVIOCGRAB). */
+int krun_add_input_device_fd(uint32_t ctx_id, int input_fd);
+
 /* ------------------------------------------------------------------- running */
 
 /* A descriptor; writing 8 bytes to it asks the guest to end the workload and power off. */
@@ -248,14 +264,10 @@ int32_t krun_display_set_physical_size(uint32_t ctx_id, uint32_t display_id, uin
                                        uint16_t height_mm);
 int32_t krun_display_set_refresh_rate(uint32_t ctx_id, uint32_t display_id, uint32_t refresh_rate);
 int32_t krun_set_display_backend(uint32_t ctx_id, const void *display_backend, size_t backend_size);
-int krun_add_input_device(uint32_t ctx_id, const void *config_backend, size_t config_backend_size,
-                          const void *events_backend, size_t events_backend_size);
-int krun_add_input_device_fd(uint32_t ctx_id, int input_fd);
 int32_t krun_set_snd_device(uint32_t ctx_id, bool enable);
 int32_t krun_add_vhost_user_device(uint32_t ctx_id, uint32_t device_type, const char *socket_path,
                                    const char *name, uint16_t num_queues, const uint16_t *queue_sizes);
 
-int32_t krun_set_smbios_oem_strings(uint32_t ctx_id, const char *const oem_strings[]);
 int32_t krun_set_firmware(uint32_t ctx_id, const char *firmware_path);
 int32_t krun_set_tee_config_file(uint32_t ctx_id, const char *filepath);
 

@@ -35,6 +35,7 @@ pub fn run(prefix: &Path, destdir: Option<&Path>) -> Result<(), String> {
     link(&real, &to("lib/libkrun.so.1"))?;
     link("libkrun.so.1", &to("lib/libkrun.so"))?;
     put(&to("include/libkrun.h"), &read(Path::new("include/libkrun.h"))?, 0o644)?;
+    put(&to("include/libkrun_input.h"), &read(Path::new("include/libkrun_input.h"))?, 0o644)?;
     put(&to("lib/pkgconfig/libkrun.pc"), pkg_config(prefix).as_bytes(), 0o644)?;
     for (path, args) in [
         ("share/man/man1/krun.1", &["man"] as &[&str]),

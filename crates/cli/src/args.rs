@@ -137,9 +137,17 @@ pub struct Run {
     #[arg(long)]
     pub nested: bool,
 
+    /// Give an input device of this host to the guest as well.
+    #[arg(long = "input", value_name = "/dev/input/eventN")]
+    pub inputs: Vec<PathBuf>,
+
     /// Keep memory that the guest has freed; without this option it goes back to the host after some seconds.
     #[arg(long)]
     pub no_balloon: bool,
+
+    /// A string for the guest's SMBIOS tables (type 11), where cloud images and systemd look for settings.
+    #[arg(long = "oem-string", value_name = "TEXT")]
+    pub oem_strings: Vec<String>,
 
     /// Where the guest runs.
     #[arg(long, value_enum, value_name = "HOW", default_value_t = Accel::Auto)]

@@ -7,7 +7,7 @@ use std::os::unix::ffi::OsStrExt;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-use krun::{Command, Console, Kernel, KernelFormat, Serial, Share, Vm, VmConfig};
+use krun::{Command, Console, Input, Kernel, KernelFormat, Serial, Share, Vm, VmConfig};
 
 use crate::args::Run;
 use crate::signals;
@@ -59,10 +59,24 @@ fn config(args: &Run, verbose: bool) -> Result<VmConfig, String> {
         ],
         serial,
         nested: args.nested,
+        oem_strings: args.oem_strings.clone(),
         balloon: !args.no_balloon,
+        inputs: args.inputs.iter().map(|path| input(path)).collect::<Result<_, _>>()?,
         verbose,
         ..VmConfig::default()
     })
+}
+
+/// An input device, with its lights if it may be written to.
+fn input(path: &Path) -> Result<Input, String> {
+    let fail = |e: &dyn std::fmt::Display| format!("--input {}: {e}", path.display());
+    let file = File::options()
+        .read(true)
+        .write(true)
+        .open(path)
+        .or_else(|_| File::open(path))
+        .map_err(|e| fail(&e))?;
+    Input::evdev(file.into()).map_err(|e| fail(&e))
 }
 
 fn command(args: &Run) -> Command {

@@ -8,6 +8,7 @@ use std::sync::Arc;
 use krun_devices::balloon::{Balloon, BalloonHandle};
 use krun_devices::console::{ConsoleHandle, ConsoleSpec, PortSpec};
 use krun_devices::fs::{self, ExitCode, FsSpec};
+use krun_devices::input;
 use krun_devices::rng::Rng;
 use krun_machine::{SerialSpec, Spec};
 use krun_virtio::VirtioDevice;
@@ -206,6 +207,9 @@ pub fn assemble(mut config: VmConfig) -> Result<Parts, Error> {
     if config.rng {
         devices.push(Box::new(Rng::new()));
     }
+    for device in config.inputs.drain(..) {
+        devices.push(Box::new(input::Input::new(device.config, device.source)));
+    }
     let mut balloon = None;
     if config.balloon {
         let fail = |source| Error::Host { what: "create the memory balloon", source };
@@ -221,6 +225,7 @@ pub fn assemble(mut config: VmConfig) -> Result<Parts, Error> {
         serial: config.serial.map(|s| SerialSpec { input: s.input, output: s.output }),
         split_irqchip: config.split_irqchip,
         nested: config.nested,
+        oem_strings: config.oem_strings,
         ..Spec::default()
     };
     Ok(Parts { spec, devices, exit_code, control: host_end, consoles: handles, terminals, balloon })

@@ -6,7 +6,7 @@ use std::sync::Arc;
 
 pub use krun_machine::{Kernel, KernelFormat};
 
-use crate::Command;
+use crate::{Command, Input};
 
 /// Tag of the share that is the guest's root.
 pub const ROOT_TAG: &str = "/dev/root";
@@ -35,6 +35,8 @@ pub struct VmConfig {
     pub consoles: Vec<Console>,
     /// A 16550 serial port, `ttyS0`.
     pub serial: Option<Serial>,
+    /// Input devices, `/dev/input/event0` and so on.
+    pub inputs: Vec<Input>,
     /// A virtio entropy device.
     pub rng: bool,
     /// A memory balloon: memory that the guest has freed goes back to the host by itself, and
@@ -44,6 +46,8 @@ pub struct VmConfig {
     pub split_irqchip: bool,
     /// Let the guest use the processor's virtualisation.
     pub nested: bool,
+    /// Strings that the guest finds in its SMBIOS tables (`dmidecode -t 11`), if its kernel reads those.
+    pub oem_strings: Vec<String>,
     /// Kernel messages and init's timings go to the console.
     pub verbose: bool,
 }
@@ -61,10 +65,12 @@ impl Default for VmConfig {
             init: true,
             consoles: Vec::new(),
             serial: None,
+            inputs: Vec::new(),
             rng: true,
             balloon: true,
             split_irqchip: false,
             nested: false,
+            oem_strings: Vec::new(),
             verbose: false,
         }
     }

@@ -6,6 +6,7 @@ use std::io;
 use krun_devices::balloon::BalloonError;
 use krun_devices::console::ConsoleError;
 use krun_devices::fs::FsError;
+use krun_devices::input::EvdevError;
 use krun_machine::Outcome;
 
 /// An error of this crate. Its text says what is wrong and what would work.
@@ -21,6 +22,9 @@ pub enum Error {
     /// A console.
     #[error(transparent)]
     Console(#[from] ConsoleError),
+    /// An input device of the host.
+    #[error(transparent)]
+    Input(#[from] EvdevError),
     /// The memory balloon.
     #[error(transparent)]
     Balloon(#[from] BalloonError),

@@ -25,6 +25,7 @@ mod command;
 mod config;
 mod error;
 pub mod host;
+mod input;
 mod reclaim;
 mod vm;
 
@@ -33,7 +34,12 @@ pub use config::{
     Console, Kernel, KernelFormat, Overlay, OverlayContent, Port, ROOT_TAG, Serial, Share, VmConfig,
 };
 pub use error::Error;
+pub use input::Input;
 pub use krun_devices::balloon::{BalloonError, MemoryStats};
+pub use krun_devices::input::{
+    AxisInfo, DeviceIds, InputConfig, InputEvent, InputSender, InputSource, QueueFull,
+};
+pub use krun_machine::boot::smbios::{OemStringError, check as check_oem_strings};
 pub use krun_machine::{ExitCounts, Outcome};
 pub use krun_wire::{EXIT_NOT_EXECUTABLE, EXIT_NOT_FOUND, EXIT_SETUP};
 pub use reclaim::BalloonStatus;

@@ -11,7 +11,7 @@ fn descriptor_or_none(fd: c_int) -> Answer<c_int> {
 }
 
 /// A descriptor that is open.
-fn descriptor(fd: c_int) -> Answer<c_int> {
+pub fn descriptor(fd: c_int) -> Answer<c_int> {
     // SAFETY: F_GETFD touches no memory and changes nothing.
     if fd >= 0 && unsafe { libc::fcntl(fd, libc::F_GETFD) } >= 0 { Ok(fd) } else { Err(EINVAL) }
 }

@@ -45,13 +45,9 @@ not_served! {
     krun_display_set_physical_size(display_id: u32, width_mm: u16, height_mm: u16);
     krun_display_set_refresh_rate(display_id: u32, refresh_rate: u32);
     krun_set_display_backend(display_backend: *const c_void, backend_size: usize) needs display_backend;
-    krun_add_input_device(config_backend: *const c_void, config_backend_size: usize,
-        events_backend: *const c_void, events_backend_size: usize) needs config_backend, events_backend;
-    krun_add_input_device_fd(input_fd: c_int);
     krun_set_snd_device(enable: bool);
     krun_add_vhost_user_device(device_type: u32, socket_path: *const c_char, name: *const c_char,
         num_queues: u16, queue_sizes: *const u16) needs socket_path;
-    krun_set_smbios_oem_strings(oem_strings: *const *const c_char) needs oem_strings;
     krun_set_firmware(firmware_path: *const c_char) needs firmware_path;
     krun_set_tee_config_file(filepath: *const c_char) needs filepath;
 }

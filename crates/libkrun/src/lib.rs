@@ -10,6 +10,7 @@ mod args;
 mod console;
 mod context;
 mod files;
+mod input;
 mod later;
 mod log;
 mod machine;

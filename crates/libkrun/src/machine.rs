@@ -84,6 +84,22 @@ pub extern "C" fn krun_set_nested_virt(ctx_id: u32, enabled: bool) -> i32 {
 }
 
 #[unsafe(no_mangle)]
+pub unsafe extern "C" fn krun_set_smbios_oem_strings(ctx_id: u32, oem_strings: *const *const c_char) -> i32 {
+    with(ctx_id, |context| {
+        // SAFETY: the header asks for a list.
+        let strings = unsafe { args::list(oem_strings) }?.ok_or(EINVAL)?;
+        let strings: Vec<_> =
+            strings.into_iter().map(|s| s.into_string().map_err(|_| EINVAL)).collect::<Answer<_>>()?;
+        krun_api::check_oem_strings(&strings).map_err(|e| {
+            tracing::error!("{e}");
+            EINVAL
+        })?;
+        context.oem_strings = strings;
+        Ok(())
+    })
+}
+
+#[unsafe(no_mangle)]
 pub extern "C" fn krun_check_nested_virt() -> i32 {
     answer(|| Ok(i32::from(krun_api::host::nested_virtualisation())))
 }
@@ -101,12 +117,13 @@ pub extern "C" fn krun_get_max_vcpus() -> i32 {
 
 /// Highest feature number of the header.
 const LAST_FEATURE: u64 = 11;
+const FEATURE_INPUT: u64 = 6;
 const FEATURE_INIT_BLOB: u64 = 11;
 
 #[unsafe(no_mangle)]
 pub extern "C" fn krun_has_feature(feature: u64) -> i32 {
     answer(|| match feature {
-        FEATURE_INIT_BLOB => Ok(1),
+        FEATURE_INPUT | FEATURE_INIT_BLOB => Ok(1),
         0..=LAST_FEATURE => Ok(0),
         _ => Err(EINVAL),
     })

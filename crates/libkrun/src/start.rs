@@ -19,7 +19,7 @@ fn errno(e: &std::io::Error) -> Errno {
 }
 
 /// An own copy of one of the caller's descriptors; `None` for -1.
-fn duplicate(fd: RawFd) -> Answer<Option<OwnedFd>> {
+pub fn duplicate(fd: RawFd) -> Answer<Option<OwnedFd>> {
     if fd < 0 {
         return Ok(None);
     }
@@ -86,9 +86,11 @@ fn config(context: &mut Context) -> Answer<api::VmConfig> {
         init: !context.no_init,
         split_irqchip: context.split_irqchip,
         nested: context.nested,
+        oem_strings: std::mem::take(&mut context.oem_strings),
         kernel_args: defaults.kernel_args,
         rng: defaults.rng,
         balloon: defaults.balloon,
+        inputs: context.inputs.drain(..).map(crate::input::device).collect::<Answer<_>>()?,
         verbose: defaults.verbose,
         consoles,
         serial,

@@ -194,6 +194,7 @@ fn the_header_and_the_code_name_the_same_functions() {
         include_str!("console.rs"),
         include_str!("context.rs"),
         include_str!("files.rs"),
+        include_str!("input.rs"),
         include_str!("later.rs"),
         include_str!("log.rs"),
         include_str!("machine.rs"),

@@ -4,12 +4,14 @@ use crate::harness::Case;
 
 mod bad_input;
 mod balloon;
+mod bare;
 mod bytes;
 mod c_abi;
 mod endings;
 mod exit_codes;
 mod files;
 mod init;
+mod input;
 mod kernels;
 mod leftovers;
 mod processors;
@@ -45,4 +47,6 @@ pub const ALL: &[Case] = &[
     bad_input::CASE,
     c_abi::CASE,
     balloon::CASE,
+    input::CASE,
+    bare::CASE,
 ];
