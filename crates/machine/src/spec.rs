@@ -3,6 +3,8 @@
 use std::os::fd::OwnedFd;
 use std::path::PathBuf;
 
+use krun_memory::HUGE_PAGE;
+
 use crate::boot::smbios::{self, OemStringError};
 
 /// Most virtual CPUs of a machine.
@@ -35,6 +37,8 @@ pub struct Spec {
     pub oem_strings: Vec<String>,
     /// RAM is a file in memory that can be passed to other processes (vhost-user). Slower on most hosts.
     pub shared_memory: bool,
+    /// RAM is in huge pages that the host's administrator has set aside; a multiple of 2 MiB, then.
+    pub huge_pages: bool,
 }
 
 /// The protocol by which a kernel is entered on x86_64.
@@ -63,6 +67,7 @@ impl Default for Spec {
             entry: Entry::Auto,
             oem_strings: Vec::new(),
             shared_memory: false,
+            huge_pages: false,
         }
     }
 }
@@ -135,6 +140,12 @@ pub enum SpecError {
         /// What was asked for.
         asked: u64,
     },
+    /// See [`Spec::huge_pages`].
+    #[error("{asked} MiB of memory in huge pages: must be a multiple of 2 MiB")]
+    HugePages {
+        /// What was asked for.
+        asked: u64,
+    },
     /// See [`Spec::oem_strings`].
     #[error(transparent)]
     OemString(#[from] OemStringError),
@@ -154,6 +165,9 @@ impl Spec {
         }
         if self.ram_mib > MAX_RAM_MIB {
             return Err(SpecError::RamTooLarge { asked: self.ram_mib });
+        }
+        if self.huge_pages && !self.ram_bytes().is_multiple_of(HUGE_PAGE) {
+            return Err(SpecError::HugePages { asked: self.ram_mib });
         }
         Ok(smbios::check(&self.oem_strings)?)
     }
@@ -176,6 +190,8 @@ mod tests {
         assert_eq!(text(65, 512), "65 vCPUs: a machine has 1 to 16");
         assert!(text(1, 1).starts_with("1 MiB of memory is too little"));
         assert!(text(1, 10 << 20).starts_with("10485760 MiB of memory is more"));
+        let odd = Spec { ram_mib: 129, huge_pages: true, ..Spec::default() }.validate();
+        assert_eq!(odd, Err(SpecError::HugePages { asked: 129 }));
         for (vcpus, ram_mib) in [(1, MIN_RAM_MIB), (MAX_VCPUS, MAX_RAM_MIB)] {
             assert_eq!(Spec { vcpus, ram_mib, ..Spec::default() }.validate(), Ok(()));
         }

@@ -4,6 +4,7 @@
 //! physical address space. [`GuestMemory`] is the set of those mappings by guest physical address;
 //! devices reach the guest through it and never through slices.
 
+mod huge;
 mod release;
 
 use std::fs::File;
@@ -18,6 +19,7 @@ pub use vm_memory::{
     VolatileMemoryError, VolatileSlice, WriteVolatile,
 };
 
+pub use huge::HUGE_PAGE;
 pub use release::{ReleaseError, release};
 
 /// All memory of a guest by guest physical address. Cloning shares the mappings.
@@ -47,6 +49,9 @@ pub enum Error {
         /// The host's answer.
         source: vm_memory::mmap::MmapRegionError,
     },
+    /// The host has too few huge pages.
+    #[error(transparent)]
+    HugePages(#[from] huge::HugePagesError),
     /// The range ends past the file, where touching it would end this process.
     #[error("{size} bytes at {offset:#x} end past a file of {len} bytes")]
     PastEnd {
@@ -78,6 +83,7 @@ pub struct Mapping {
 pub struct Memfd {
     file: Arc<File>,
     size: u64,
+    huge: bool,
 }
 
 impl Memfd {
@@ -86,10 +92,24 @@ impl Memfd {
     /// # Errors
     /// [`Error::Memfd`] with the host's reason.
     pub fn new(size: u64) -> Result<Self, Error> {
+        Self::create(size, false)
+    }
+
+    /// Creates a file of `size` bytes, a multiple of [`HUGE_PAGE`], of huge pages that the administrator has set
+    /// aside (Linux: Documentation/admin-guide/mm/hugetlbpage.rst). They are reserved when it is mapped.
+    ///
+    /// # Errors
+    /// [`Error::Memfd`] with the host's reason.
+    pub fn of_huge_pages(size: u64) -> Result<Self, Error> {
+        Self::create(size, true)
+    }
+
+    fn create(size: u64, huge: bool) -> Result<Self, Error> {
         let fail = |e: rustix::io::Errno| Error::Memfd { size, source: e.into() };
-        let fd: OwnedFd = memfd_create("krun-ram", MemfdFlags::CLOEXEC).map_err(fail)?;
+        let pages = if huge { MemfdFlags::HUGETLB | MemfdFlags::HUGE_2MB } else { MemfdFlags::empty() };
+        let fd: OwnedFd = memfd_create("krun-ram", MemfdFlags::CLOEXEC | pages).map_err(fail)?;
         ftruncate(&fd, size).map_err(fail)?;
-        Ok(Self { file: Arc::new(File::from(fd)), size })
+        Ok(Self { file: Arc::new(File::from(fd)), size, huge })
     }
 
     /// Length in bytes.
@@ -105,11 +125,17 @@ impl Memfd {
     /// Maps `size` bytes from `offset`, shared.
     ///
     /// # Errors
-    /// [`Error::PastEnd`] when the range ends past the file, [`Error::Map`] when the host refuses.
+    /// [`Error::PastEnd`] when the range ends past the file, [`Error::HugePages`] when the host lacks those,
+    /// [`Error::Map`] when it refuses otherwise.
     pub fn map(&self, offset: u64, size: usize) -> Result<Mapping, Error> {
         check_range(offset, size, self.size)?;
         let at = FileOffset::from_arc(Arc::clone(&self.file), offset);
-        Mapping::build(size, "guest RAM", Some(at), libc::MAP_SHARED)
+        if !self.huge {
+            return Mapping::build(size, "guest RAM", Some(at), libc::MAP_SHARED | libc::MAP_NORESERVE);
+        }
+        // Reserved now: a page that cannot be had later would end this process.
+        let mapping = Mapping::build_with(size, "guest RAM in huge pages", Some(at), libc::MAP_SHARED, true);
+        mapping.map_err(|e| huge::shortage(size as u64).map_or(e, Error::HugePages))
     }
 }
 
@@ -122,9 +148,20 @@ fn check_range(offset: u64, size: usize, len: u64) -> Result<(), Error> {
 
 impl Mapping {
     fn build(size: usize, what: &'static str, file: Option<FileOffset>, flags: i32) -> Result<Self, Error> {
+        Self::build_with(size, what, file, flags, false)
+    }
+
+    fn build_with(
+        size: usize,
+        what: &'static str,
+        file: Option<FileOffset>,
+        flags: i32,
+        huge: bool,
+    ) -> Result<Self, Error> {
         let mut builder = vm_memory::mmap::MmapRegionBuilder::new(size)
             .with_mmap_prot(libc::PROT_READ | libc::PROT_WRITE)
-            .with_mmap_flags(flags | libc::MAP_NORESERVE);
+            .with_mmap_flags(flags)
+            .with_hugetlbfs(huge);
         if let Some(file) = file {
             builder = builder.with_file_offset(file);
         }
@@ -137,7 +174,12 @@ impl Mapping {
     /// # Errors
     /// [`Error::Map`] with the host's reason.
     pub fn anonymous(size: usize) -> Result<Self, Error> {
-        Self::build(size, "anonymous memory", None, libc::MAP_PRIVATE | libc::MAP_ANONYMOUS)
+        Self::build(
+            size,
+            "anonymous memory",
+            None,
+            libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_NORESERVE,
+        )
     }
 
     /// A copy-on-write view of `size` bytes of `file` from the page-aligned `offset`: nothing is
@@ -148,7 +190,12 @@ impl Mapping {
     pub fn copy_on_write(file: File, offset: u64, size: usize) -> Result<Self, Error> {
         let len = file.metadata().map_or(0, |m| m.len());
         check_range(offset, size, len)?;
-        Self::build(size, "a file", Some(FileOffset::new(file, offset)), libc::MAP_PRIVATE)
+        Self::build(
+            size,
+            "a file",
+            Some(FileOffset::new(file, offset)),
+            libc::MAP_PRIVATE | libc::MAP_NORESERVE,
+        )
     }
 
     /// First byte in this process. Valid while this value or a clone lives.

@@ -11,8 +11,6 @@ use crate::{GuestMemory, GuestRegion};
 
 /// Bytes of the pages that this host frees at once.
 const PAGE: u64 = 4096;
-/// The same in memory of huge pages: the least size that Linux has on x86_64 and on aarch64 with pages of 4 KiB.
-const HUGE_PAGE: u64 = 2 << 20;
 
 /// Why memory was not given back.
 #[derive(Debug, thiserror::Error)]
@@ -41,7 +39,8 @@ pub enum ReleaseError {
 /// Gives the whole pages within `len` bytes at `at` back to the host; returns how many bytes those are.
 ///
 /// The guest may go on using them: what it finds there is zeroes or, in a range that was mapped
-/// copy-on-write from a file, the file's contents. Pages that the range covers only in part stay.
+/// copy-on-write from a file, the file's contents. Pages that the range covers only in part stay, and so do those
+/// of memory in huge pages set aside by the administrator.
 ///
 /// # Errors
 /// [`ReleaseError`]; memory that the host does not take back (it is locked, say) is as it was.
@@ -66,12 +65,13 @@ pub fn release(memory: &GuestMemory, at: GuestAddress, len: u64) -> Result<u64, 
 
 /// The whole pages of the range from `from` to `to`, which lies in `region`.
 fn release_in(region: &GuestRegion, from: u64, to: u64) -> io::Result<u64> {
-    let page = if region.is_hugetlbfs() == Some(true) { HUGE_PAGE } else { PAGE };
     // Regions start at whole pages, in the guest and in the file.
     let start = region.start_addr().0;
-    let from = (from - start).next_multiple_of(page);
-    let to = (to - start) / page * page;
-    if from >= to {
+    let from = (from - start).next_multiple_of(PAGE);
+    let to = (to - start) / PAGE * PAGE;
+    // A huge page that is given back is reserved no more; if others take it, the guest's next access would end
+    // this process.
+    if from >= to || region.is_hugetlbfs() == Some(true) {
         return Ok(0);
     }
     let len = to - from;

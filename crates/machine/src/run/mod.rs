@@ -92,7 +92,7 @@ pub(crate) fn start_on<H: Hypervisor>(
         ..VmConfig::default()
     };
     let vm = hypervisor.create_vm(&config)?;
-    let ram = Ram::new(&board.ram, &boot, Plan::choose(spec.shared_memory))?;
+    let ram = Ram::new(&board.ram, &boot, Plan::choose(spec.shared_memory, spec.huge_pages))?;
     let end = Arc::new(End::new(spec.vcpus));
     let inner = connect(vm, ram, &board, spec.serial, devices, &end)?;
     let threads = spawn(&Arc::new(inner), spec.vcpus, &boot.state)?;

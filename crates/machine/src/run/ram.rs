@@ -61,6 +61,8 @@ pub struct Plan {
     pub shared: bool,
     /// Ask for pages of 2 MiB.
     pub huge: bool,
+    /// RAM is in huge pages that the administrator has set aside, in a memory file.
+    pub reserved: bool,
     /// Whole pages of the kernel's file are mapped copy-on-write, so that all machines share what they do
     /// not change.
     pub map_files: bool,
@@ -69,9 +71,9 @@ pub struct Plan {
 impl Plan {
     /// The best for this host: with large pages the kernel is copied, without them nothing is lost by
     /// mapping it.
-    pub fn choose(shared: bool) -> Self {
-        let huge = huge_pages(shared);
-        Self { shared, huge, map_files: !huge }
+    pub fn choose(shared: bool, reserved: bool) -> Self {
+        let huge = reserved || huge_pages(shared);
+        Self { shared, huge, reserved, map_files: !huge }
     }
 }
 
@@ -90,9 +92,11 @@ impl Ram {
             mapped.push(range);
         }
         mapped.sort_by_key(|r| r.at);
-        let memfd = match plan.shared {
-            true => Some(Memfd::new(ram.iter().map(|r| r.size).sum())?),
-            false => None,
+        let size = ram.iter().map(|r| r.size).sum();
+        let memfd = match (plan.reserved, plan.shared) {
+            (true, _) => Some(Memfd::of_huge_pages(size)?),
+            (false, true) => Some(Memfd::new(size)?),
+            (false, false) => None,
         };
         for piece in without(ram, &mapped) {
             let mapping = aligned(
@@ -107,7 +111,7 @@ impl Ram {
         }
         mappings.sort_by_key(|(at, _)| at.0);
         for (_, mapping) in &mappings {
-            advise(mapping, plan.huge);
+            advise(mapping, plan.huge && !plan.reserved);
         }
         let memory = assemble(&mappings)?;
         for s in &boot.segments {
@@ -173,7 +177,7 @@ mod tests {
     use proptest::prelude::*;
     use std::io::Write;
 
-    const COPY: Plan = Plan { shared: false, huge: false, map_files: false };
+    const COPY: Plan = Plan { shared: false, huge: false, reserved: false, map_files: false };
 
     fn boot(segments: Vec<Segment>) -> BootImage {
         let state = BootState::Application;
@@ -197,7 +201,7 @@ mod tests {
             (bytes.clone().into(), true, 4096, 1),
         ];
         for (n, (data, map_files, offset, pieces)) in cases.into_iter().enumerate() {
-            let plan = Plan { shared: n % 2 == 0, huge: true, map_files };
+            let plan = Plan { shared: n % 2 == 0, huge: true, reserved: false, map_files };
             let len = bytes.len() as u64 - offset;
             let s = Segment { at: 0x8_0000, data: data.clone(), offset, len, room: len };
             let ram = Ram::new(&ram, &boot(vec![s]), plan).unwrap();
