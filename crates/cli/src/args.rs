@@ -88,6 +88,10 @@ pub struct Run {
     #[arg(short, long, value_name = "SIZE", default_value = "512", value_parser = memory)]
     pub memory: u64,
 
+    /// Take the memory from huge pages that were set aside (sysctl vm.nr_hugepages).
+    #[arg(long)]
+    pub huge_pages: bool,
+
     /// An environment variable; without a value it is taken from here.
     #[arg(short, long, value_name = "KEY[=VALUE]", value_parser = os_parser(variable))]
     pub env: Vec<OsString>,

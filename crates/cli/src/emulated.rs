@@ -5,7 +5,7 @@ use std::io::IsTerminal;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-use krun_lab::{Command, Engine, RawMode, Running};
+use krun_lab::{Command, Engine, RawMode};
 
 use crate::args::{Lab, Run};
 use crate::{run, signals};
@@ -72,10 +72,14 @@ fn start(engine: &Engine, mut command: Command, writable: Vec<PathBuf>) -> Resul
     let terminal = std::io::stdin().is_terminal() && std::io::stdout().is_terminal();
     command.terminal = terminal.then(|| krun_lab::window_size(std::io::stdout()).unwrap_or_default());
     let signals = signals::Signals::catch().map_err(|e| format!("cannot prepare for signals: {e}"))?;
-    let _raw = terminal.then(|| RawMode::enter(std::io::stdin())).transpose().map_err(|e| e.to_string())?;
-    let running: Arc<Running> = Arc::new(engine.run(command).map_err(|e| e.to_string())?);
-    signals.forward_to(&running);
-    running.wait().map_err(|e| e.to_string())
+    let raw = terminal.then(|| RawMode::enter(std::io::stdin())).transpose().map_err(|e| e.to_string())?;
+    let running = engine.run(command).map_err(|e| e.to_string())?;
+    let session = Arc::new(signals::Session { running, raw });
+    signals.forward_to(&session);
+    let status = session.running.wait().map_err(|e| e.to_string());
+    // Not left to the last owner, which may be the thread of signals.
+    session.raw.iter().for_each(RawMode::restore);
+    status
 }
 
 /// This command's own words, to be run on KVM.

@@ -60,6 +60,7 @@ fn config(args: &Run, verbose: bool) -> Result<VmConfig, String> {
         serial,
         nested: args.nested,
         oem_strings: args.oem_strings.clone(),
+        huge_pages: args.huge_pages,
         balloon: !args.no_balloon,
         inputs: args.inputs.iter().map(|path| input(path)).collect::<Result<_, _>>()?,
         verbose,

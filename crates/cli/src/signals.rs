@@ -3,8 +3,8 @@
 use std::sync::{Arc, Weak};
 
 use krun::Vm;
-use krun_lab::{Running, WindowSize};
-use signal_hook::consts::{SIGHUP, SIGINT, SIGQUIT, SIGTERM, SIGUSR1, SIGUSR2, SIGWINCH};
+use krun_lab::{RawMode, Running, WindowSize};
+use signal_hook::consts::{SIGCONT, SIGHUP, SIGINT, SIGQUIT, SIGTERM, SIGUSR1, SIGUSR2, SIGWINCH};
 
 /// This many INT or TERM end the machine itself, should the guest not listen.
 const PATIENCE: u32 = 3;
@@ -15,6 +15,8 @@ pub trait Target: Send + Sync + 'static {
     fn signal(&self, number: i32);
     /// Passes the terminal's size on.
     fn resize(&self, columns: u16, rows: u16);
+    /// This process was stopped and goes on: the terminal may have another mode and size.
+    fn resume(&self);
     /// Ends it.
     fn kill(&self);
 }
@@ -26,21 +28,43 @@ impl Target for Vm {
     fn resize(&self, columns: u16, rows: u16) {
         Self::resize(self, columns, rows);
     }
+    fn resume(&self) {
+        if let Err(e) = self.resume_terminals() {
+            eprintln!("krun: {e}");
+        }
+    }
     fn kill(&self) {
         Self::kill(self);
     }
 }
 
-impl Target for Running {
+/// A command in the emulated host, and the terminal that it has there.
+pub struct Session {
+    /// The command.
+    pub running: Running,
+    /// This side of its terminal.
+    pub raw: Option<RawMode>,
+}
+
+impl Target for Session {
     fn signal(&self, number: i32) {
         // It fails only when there is nobody any more to signal.
-        let _ = Self::signal(self, number);
+        let _ = self.running.signal(number);
     }
     fn resize(&self, columns: u16, rows: u16) {
-        let _ = Self::resize(self, WindowSize { rows, cols: columns });
+        let _ = self.running.resize(WindowSize { rows, cols: columns });
+    }
+    fn resume(&self) {
+        let Some(raw) = &self.raw else { return };
+        if let Err(e) = raw.resume() {
+            eprintln!("krun: {e}");
+        }
+        if let Some(WindowSize { rows, cols }) = krun_lab::window_size(std::io::stdout()) {
+            self.resize(cols, rows);
+        }
     }
     fn kill(&self) {
-        Self::kill(self);
+        self.running.kill();
     }
 }
 
@@ -50,7 +74,7 @@ pub struct Signals(signal_hook::iterator::Signals);
 impl Signals {
     /// Catches them.
     pub fn catch() -> std::io::Result<Self> {
-        let list = [SIGHUP, SIGINT, SIGQUIT, SIGTERM, SIGUSR1, SIGUSR2, SIGWINCH];
+        let list = [SIGHUP, SIGINT, SIGQUIT, SIGTERM, SIGUSR1, SIGUSR2, SIGWINCH, SIGCONT];
         Ok(Self(signal_hook::iterator::Signals::new(list)?))
     }
 
@@ -75,6 +99,7 @@ fn forward<T: Target>(mut signals: signal_hook::iterator::Signals, target: &Weak
                     target.resize(size.ws_col, size.ws_row);
                 }
             }
+            SIGCONT => target.resume(),
             _ => {
                 insisted += u32::from(matches!(signal, SIGINT | SIGTERM));
                 if insisted < PATIENCE {

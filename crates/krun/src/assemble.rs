@@ -226,6 +226,7 @@ pub fn assemble(mut config: VmConfig) -> Result<Parts, Error> {
         split_irqchip: config.split_irqchip,
         nested: config.nested,
         oem_strings: config.oem_strings,
+        huge_pages: config.huge_pages,
         ..Spec::default()
     };
     Ok(Parts { spec, devices, exit_code, control: host_end, consoles: handles, terminals, balloon })

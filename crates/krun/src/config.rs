@@ -18,6 +18,9 @@ pub struct VmConfig {
     pub vcpus: u8,
     /// RAM in MiB.
     pub memory_mib: u32,
+    /// RAM is in huge pages that the host's administrator has set aside (`vm.nr_hugepages`). Memory that the guest
+    /// frees is not given back then.
+    pub huge_pages: bool,
     /// The kernel to boot.
     pub kernel: Kernel,
     /// Words added to the kernel's command line.
@@ -57,6 +60,7 @@ impl Default for VmConfig {
         Self {
             vcpus: 1,
             memory_mib: 512,
+            huge_pages: false,
             kernel: Kernel::Bundle(None),
             kernel_args: Vec::new(),
             kernel_console: None,

@@ -7,7 +7,7 @@ use std::time::Duration;
 
 use krun_devices::balloon::BalloonHandle;
 use krun_devices::fs::ExitCode;
-use krun_devices::tty::RawTerminal;
+use krun_devices::tty::{self, RawTerminal};
 use krun_machine::{ExitCounts, Machine, Outcome, Running};
 use krun_wire::{FrameReader, ToGuest, ToHost, encode_frame};
 
@@ -160,6 +160,22 @@ impl Vm {
         for console in &self.consoles {
             console.resize(0, columns, rows);
         }
+    }
+
+    /// Puts the host's terminals in raw mode again, and tells the guest their size, after this process was
+    /// stopped and goes on (`SIGCONT`): the shell has used them in between.
+    ///
+    /// # Errors
+    /// [`Error::Terminal`].
+    pub fn resume_terminals(&self) -> Result<(), Error> {
+        let terminals = self.terminals.lock().unwrap_or_else(PoisonError::into_inner);
+        for terminal in terminals.iter() {
+            terminal.resume().map_err(|source| Error::Terminal { source })?;
+            if let Some(size) = tty::size(terminal.fd()) {
+                self.resize(size.cols, size.rows);
+            }
+        }
+        Ok(())
     }
 
     /// Gives the host's terminals back as they were. Done by `wait` and on drop too.

@@ -18,6 +18,7 @@ pub fn window_size(fd: impl AsFd) -> Option<WindowSize> {
 pub struct RawMode {
     fd: OwnedFd,
     before: Termios,
+    raw: Termios,
 }
 
 impl RawMode {
@@ -32,14 +33,28 @@ impl RawMode {
         let mut raw = before.clone();
         raw.make_raw();
         tcsetattr(&fd, OptionalActions::Flush, &raw).map_err(Error::host(what))?;
-        Ok(Self { fd, before })
+        Ok(Self { fd, before, raw })
+    }
+
+    /// Puts the terminal back as it was, as dropping does.
+    pub fn restore(&self) {
+        // Nothing can be done about a terminal that is gone.
+        let _ = tcsetattr(&self.fd, OptionalActions::Drain, &self.before);
+    }
+
+    /// Switches to raw mode again, after the shell has used the terminal while this process was stopped.
+    ///
+    /// # Errors
+    /// The terminal is gone.
+    pub fn resume(&self) -> Result<(), Error> {
+        let what = "switching the terminal to raw mode again";
+        tcsetattr(&self.fd, OptionalActions::Now, &self.raw).map_err(Error::host(what))
     }
 }
 
 impl Drop for RawMode {
     fn drop(&mut self) {
-        // Nothing can be done about a terminal that is gone.
-        let _ = tcsetattr(&self.fd, OptionalActions::Drain, &self.before);
+        self.restore();
     }
 }
 
@@ -58,6 +73,10 @@ mod tests {
         let echoes = || tcgetattr(&tty).unwrap().local_modes.contains(LocalModes::ECHO | LocalModes::ICANON);
         assert!(echoes() && window_size(&tty).is_none());
         let raw = RawMode::enter(&tty).unwrap();
+        assert!(!echoes());
+        tcsetattr(&tty, OptionalActions::Now, &raw.before).unwrap();
+        assert!(echoes());
+        raw.resume().unwrap();
         assert!(!echoes());
         drop(raw);
         assert!(echoes());

@@ -90,6 +90,7 @@ fn config(context: &mut Context) -> Answer<api::VmConfig> {
         kernel_args: defaults.kernel_args,
         rng: defaults.rng,
         balloon: defaults.balloon,
+        huge_pages: defaults.huge_pages,
         inputs: context.inputs.drain(..).map(crate::input::device).collect::<Answer<_>>()?,
         verbose: defaults.verbose,
         consoles,

@@ -11,6 +11,7 @@ use rustix::termios::{LocalModes, Winsize, tcgetattr, tcsetwinsize};
 use crate::harness::{Case, Env, Failure, no_guest, same};
 
 pub const CASE: Case = Case { name: "terminal", host, guest: no_guest };
+pub const CONTINUED: Case = Case { name: "terminal_continued", host: continued, guest: no_guest };
 pub const RESTORED: Case = Case { name: "terminal_restored", host: restored, guest: no_guest };
 
 /// A pseudo-terminal: this side, and the side that the VM gets.
@@ -103,6 +104,49 @@ fn host(env: &Env) -> Result<(), Failure> {
     screen.wait_for("/dev/hvc0")?;
     typed("exit 12\n")?;
     same("status", vm.wait()?.code(), 12)?;
+    same("raw after the end", pty.is_raw()?, false)
+}
+
+/// `krun run` that was stopped and goes on finds a terminal that the shell has used in between.
+fn continued(env: &Env) -> Result<(), Failure> {
+    use rustix::process::{Pid, Signal, WaitOptions, kill_process, waitpid};
+    let pty = Pty::open()?;
+    let before = tcgetattr(pty.slave.as_fd())?;
+    let stream = || Ok::<_, Failure>(std::process::Stdio::from(pty.slave.try_clone()?));
+    let mut command = env.krun()?;
+    command.args(["-it", "-e", "PS1=prompt> ", "--", "/bin/sh", "-i"]);
+    let mut child = command.stdin(stream()?).stdout(stream()?).stderr(stream()?).spawn()?;
+    let result = (|| {
+        let mut screen = Screen { from: pty.master.try_clone()?, text: String::new() };
+        let mut keys = pty.master.try_clone()?;
+        screen.wait_for("prompt> ")?;
+        same("raw while running", pty.is_raw()?, true)?;
+        let pid = Pid::from_child(&child);
+        kill_process(pid, Signal::STOP)?;
+        waitpid(Some(pid), WaitOptions::UNTRACED)?;
+        rustix::termios::tcsetattr(pty.slave.as_fd(), rustix::termios::OptionalActions::Now, &before)?;
+        tcsetwinsize(&pty.master, Winsize { ws_row: 21, ws_col: 67, ws_xpixel: 0, ws_ypixel: 0 })?;
+        same("raw while stopped", pty.is_raw()?, false)?;
+        kill_process(pid, Signal::CONT)?;
+        let deadline = Instant::now() + Duration::from_secs(20);
+        while !pty.is_raw()? {
+            if Instant::now() > deadline {
+                return Err(Failure::Wrong("the terminal is not in raw mode again".into()));
+            }
+            std::thread::sleep(Duration::from_millis(20));
+        }
+        std::thread::sleep(Duration::from_millis(500));
+        keys.write_all(b"stty size\n")?;
+        screen.wait_for("21 67")?;
+        keys.write_all(b"exit 9\n")?;
+        Ok(())
+    })();
+    if result.is_err() {
+        let _ = child.kill();
+    }
+    let status = child.wait()?;
+    result?;
+    same("status", status.code(), Some(9))?;
     same("raw after the end", pty.is_raw()?, false)
 }
 
