@@ -2,6 +2,7 @@
 //! knows the hypervisor. System calls that need `unsafe` are in `sys` modules.
 
 pub mod balloon;
+pub mod block;
 pub mod console;
 pub mod fs;
 pub mod input;
