@@ -200,6 +200,44 @@ int krun_add_input_device(uint32_t ctx_id, const void *config_backend, size_t co
  * the caller grabbed the device (EVIOCGRAB). */
 int krun_add_input_device_fd(uint32_t ctx_id, int input_fd);
 
+/* --------------------------------------------------------------------- disks */
+
+/* What an image holds. It is never guessed. A VMDK image can only be read. */
+#define KRUN_DISK_FORMAT_RAW 0
+#define KRUN_DISK_FORMAT_QCOW2 1
+#define KRUN_DISK_FORMAT_VMDK 2
+/* Added to a format: the image may name other files of this host as what it is based on. Only for images
+ * that you trust, as the guest can read those files. Without it such an image is refused. */
+#define KRUN_DISK_BACKING 0x100
+
+/* What becomes of a flush that the guest asks for. NONE: nothing, so that a crash of the host may lose
+ * what the guest takes for stored; the end of this process loses nothing. RELAXED: the host writes it to
+ * the disk, which on macOS may keep it in its own cache. FULL: it is on stable storage. */
+#define KRUN_SYNC_NONE 0
+#define KRUN_SYNC_RELAXED 1
+#define KRUN_SYNC_FULL 2
+
+/* Adds a disk from an image, a file or a block device; the first one is /dev/vda. block_id is the serial
+ * number that the guest sees, at most 20 bytes and another for each disk (-EEXIST). The image is locked
+ * while the VM runs: one VM writes to it, or several read it. krun_add_disk and krun_add_disk2 leave out
+ * what krun_add_disk3 has: raw, no direct I/O, RELAXED. direct_io goes around the host's page cache. */
+int32_t krun_add_disk(uint32_t ctx_id, const char *block_id, const char *disk_path, bool read_only);
+int32_t krun_add_disk2(uint32_t ctx_id, const char *block_id, const char *disk_path, uint32_t disk_format,
+                       bool read_only);
+int32_t krun_add_disk3(uint32_t ctx_id, const char *block_id, const char *disk_path, uint32_t disk_format,
+                       bool read_only, bool direct_io, uint32_t sync_mode);
+
+/* Makes a block device of the guest (/dev/vda1, say) the root. fstype NULL or "auto": every file system
+ * that the guest's kernel has is tried. options may be NULL. -EEXIST when there is a root already. Init,
+ * the exit status and shares work as with a root directory. */
+int32_t krun_set_root_disk_remount(uint32_t ctx_id, const char *device, const char *fstype,
+                                   const char *options);
+
+/* The older form: two raw, writable disks, not together with krun_add_disk (-EINVAL). The root disk is
+ * /dev/vda and becomes the root unless a root directory is set; the data disk comes after it. */
+int32_t krun_set_root_disk(uint32_t ctx_id, const char *disk_path);
+int32_t krun_set_data_disk(uint32_t ctx_id, const char *disk_path);
+
 /* ------------------------------------------------------------------- running */
 
 /* A descriptor; writing 8 bytes to it asks the guest to end the workload and power off. */
@@ -212,24 +250,7 @@ int32_t krun_start_enter(uint32_t ctx_id);
 
 /* ---------------------------------------------- Not served by this version */
 
-#define KRUN_DISK_FORMAT_RAW 0
-#define KRUN_DISK_FORMAT_QCOW2 1
-#define KRUN_DISK_FORMAT_VMDK 2
-
-#define KRUN_SYNC_NONE 0
-#define KRUN_SYNC_RELAXED 1
-#define KRUN_SYNC_FULL 2
-
 int32_t krun_set_mapped_volumes(uint32_t ctx_id, const char *const mapped_volumes[]); /* always -EINVAL */
-int32_t krun_set_root_disk(uint32_t ctx_id, const char *disk_path);
-int32_t krun_set_data_disk(uint32_t ctx_id, const char *disk_path);
-int32_t krun_add_disk(uint32_t ctx_id, const char *block_id, const char *disk_path, bool read_only);
-int32_t krun_add_disk2(uint32_t ctx_id, const char *block_id, const char *disk_path, uint32_t disk_format,
-                       bool read_only);
-int32_t krun_add_disk3(uint32_t ctx_id, const char *block_id, const char *disk_path, uint32_t disk_format,
-                       bool read_only, bool direct_io, uint32_t sync_mode);
-int32_t krun_set_root_disk_remount(uint32_t ctx_id, const char *device, const char *fstype,
-                                   const char *options);
 
 #define NET_FLAG_VFKIT 1
 #define NET_FLAG_DHCP_CLIENT 2

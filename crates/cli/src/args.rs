@@ -69,8 +69,8 @@ pub struct Lab {
 #[derive(Debug, Args)]
 pub struct Run {
     /// Directory on this host that becomes the guest's root.
-    #[arg(short, long, value_name = "DIR")]
-    pub root: PathBuf,
+    #[arg(short, long, value_name = "DIR", required_unless_present = "root_disk")]
+    pub root: Option<PathBuf>,
 
     /// The guest cannot change the root.
     #[arg(long)]
@@ -79,6 +79,18 @@ pub struct Run {
     /// Share a host directory at a path of the guest, `:ro` if the guest may not change it.
     #[arg(long = "volume", value_name = "HOST:GUEST[:ro]", value_parser = os_parser(volume))]
     pub volumes: Vec<Volume>,
+
+    /// Disk image that becomes the guest's root, with options as for --disk. Its file system is found by trying;
+    /// without a partition table, /dev/vda is the root, or the device that part=N adds.
+    #[arg(long, value_name = "FILE[:OPTION]...", conflicts_with_all = ["root", "read_only"],
+        value_parser = os_parser(crate::disks::parse_root))]
+    pub root_disk: Option<crate::disks::DiskArg>,
+
+    /// Disk image that the guest sees as /dev/vda, vdb and so on, after the root disk. Options: ro,
+    /// format=raw|qcow2|vmdk (never guessed; raw), sync=none|relaxed|full (full), direct, backing (a qcow2 image
+    /// may name other files), id=NAME, queues=N.
+    #[arg(long = "disk", value_name = "FILE[:OPTION]...", value_parser = os_parser(crate::disks::parse_disk))]
+    pub disks: Vec<crate::disks::DiskArg>,
 
     /// Virtual CPUs.
     #[arg(short, long, value_name = "N", default_value_t = 1)]

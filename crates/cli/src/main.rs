@@ -1,6 +1,7 @@
 //! The `krun` command: programs in microVMs.
 
 mod args;
+mod disks;
 mod doctor;
 mod emulated;
 mod run;

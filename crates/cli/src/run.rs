@@ -10,7 +10,7 @@ use std::sync::Arc;
 use krun::{Command, Console, Input, Kernel, KernelFormat, Serial, Share, Vm, VmConfig};
 
 use crate::args::Run;
-use crate::signals;
+use crate::{disks, signals};
 
 /// Search path of a program that was given none.
 const DEFAULT_PATH: &str = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin";
@@ -47,12 +47,15 @@ fn config(args: &Run, verbose: bool) -> Result<VmConfig, String> {
             Some(Serial { input: None, output: Some(file.into()) })
         }
     };
+    let (disks, root_disk) = disks::disks(args);
     Ok(VmConfig {
         vcpus,
         memory_mib,
         kernel: kernel(args)?,
         kernel_args,
         shares: shares(args)?,
+        disks,
+        root_disk,
         command: command(args),
         consoles: vec![
             Console::inherit().map_err(|e| format!("cannot duplicate the standard streams: {e}"))?,
@@ -118,7 +121,8 @@ fn command(args: &Run) -> Command {
 
 /// Checks what can be checked of the words alone and of this host's directories.
 pub fn check(args: &Run) -> Result<(), String> {
-    check_directory("--root", &args.root)?;
+    args.root.iter().try_for_each(|root| check_directory("--root", root))?;
+    disks::check(args)?;
     args.volumes.iter().try_for_each(|v| check_directory("--volume", &v.host))?;
     if args.tty && !(std::io::stdin().is_terminal() && std::io::stdout().is_terminal()) {
         return Err("--tty: standard input and output are no terminals; leave the option out".into());
@@ -127,7 +131,8 @@ pub fn check(args: &Run) -> Result<(), String> {
 }
 
 fn shares(args: &Run) -> Result<Vec<Share>, String> {
-    let mut shares = vec![Share { read_only: args.read_only, ..Share::root(&args.root) }];
+    let root = args.root.as_ref().map(|root| Share { read_only: args.read_only, ..Share::root(root) });
+    let mut shares: Vec<_> = root.into_iter().collect();
     for (n, volume) in args.volumes.iter().enumerate() {
         shares.push(Share {
             read_only: volume.read_only,
@@ -179,9 +184,10 @@ fn kernel(args: &Run) -> Result<Kernel, String> {
 pub fn writable_paths(args: &Run) -> Vec<PathBuf> {
     let mut paths: Vec<PathBuf> = Vec::new();
     if !args.read_only {
-        paths.push(args.root.clone());
+        paths.extend(args.root.clone());
     }
     paths.extend(args.volumes.iter().filter(|v| !v.read_only).map(|v| v.host.clone()));
+    paths.extend(disks::writable_paths(args));
     if let Some(dir) =
         args.console_log.as_ref().map(|log| log.parent().map(Path::to_owned).unwrap_or_default())
     {

@@ -6,6 +6,7 @@ use std::os::unix::net::UnixStream;
 use std::sync::Arc;
 
 use krun_devices::balloon::{Balloon, BalloonHandle};
+use krun_devices::block::BlockHandle;
 use krun_devices::console::{ConsoleHandle, ConsoleSpec, PortSpec};
 use krun_devices::fs::{self, ExitCode, FsSpec};
 use krun_devices::input;
@@ -15,6 +16,7 @@ use krun_virtio::VirtioDevice;
 use krun_wire as wire;
 
 use crate::config::{Overlay, OverlayContent, ROOT_TAG};
+use crate::disk;
 use crate::{Console, Error, INIT, Port, Share, VmConfig};
 
 /// What [`crate::Vm::start`] starts.
@@ -27,6 +29,7 @@ pub struct Parts {
     /// Terminals to put in raw mode while the VM runs.
     pub terminals: Vec<OwnedFd>,
     pub balloon: Option<BalloonHandle>,
+    pub disks: Vec<BlockHandle>,
 }
 
 /// The ports of one console device, and what init must know about them.
@@ -104,6 +107,7 @@ fn named(described: Vec<Port>) -> Result<Ports, Error> {
 /// The file that init reads.
 fn init_config(config: &VmConfig, stdio: wire::Stdio) -> Vec<u8> {
     let mut init = wire::InitConfig { stdio, verbose: config.verbose, ..wire::InitConfig::default() };
+    init.block_root = config.root_disk.as_ref().map(crate::RootDisk::wire);
     config.command.apply(&mut init);
     init.mounts = config
         .shares
@@ -203,6 +207,8 @@ pub fn assemble(mut config: VmConfig) -> Result<Parts, Error> {
     for share in shares {
         devices.push(share_device(share, std::mem::take(&mut own), &exit_code)?);
     }
+    let (disk_devices, disks) = disk::devices(&mut config)?;
+    devices.extend(disk_devices);
     devices.extend(console_devices);
     if config.rng {
         devices.push(Box::new(Rng::new()));
@@ -229,7 +235,7 @@ pub fn assemble(mut config: VmConfig) -> Result<Parts, Error> {
         huge_pages: config.huge_pages,
         ..Spec::default()
     };
-    Ok(Parts { spec, devices, exit_code, control: host_end, consoles: handles, terminals, balloon })
+    Ok(Parts { spec, devices, exit_code, control: host_end, consoles: handles, terminals, balloon, disks })
 }
 
 type Consoles = (Vec<Box<dyn VirtioDevice>>, Vec<ConsoleHandle>, Vec<OwnedFd>, wire::Stdio);

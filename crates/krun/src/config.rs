@@ -6,7 +6,7 @@ use std::sync::Arc;
 
 pub use krun_machine::{Kernel, KernelFormat};
 
-use crate::{Command, Input};
+use crate::{Command, Disk, Input, RootDisk};
 
 /// Tag of the share that is the guest's root.
 pub const ROOT_TAG: &str = "/dev/root";
@@ -30,6 +30,10 @@ pub struct VmConfig {
     /// virtio-fs shares. The one tagged [`ROOT_TAG`] is the root; without one the root is empty but for
     /// init.
     pub shares: Vec<Share>,
+    /// Disks, in the order of their names in the guest.
+    pub disks: Vec<Disk>,
+    /// Where init moves before it runs the workload; without it, it stays in the root share.
+    pub root_disk: Option<RootDisk>,
     /// The workload.
     pub command: Command,
     /// Put the built-in init at `/init.krun` and have it run [`VmConfig::command`].
@@ -65,6 +69,8 @@ impl Default for VmConfig {
             kernel_args: Vec::new(),
             kernel_console: None,
             shares: Vec::new(),
+            disks: Vec::new(),
+            root_disk: None,
             command: Command::default(),
             init: true,
             consoles: Vec::new(),

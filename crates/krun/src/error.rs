@@ -4,6 +4,7 @@ use std::ffi::OsString;
 use std::io;
 
 use krun_devices::balloon::BalloonError;
+use krun_devices::block::BlockError;
 use krun_devices::console::ConsoleError;
 use krun_devices::fs::FsError;
 use krun_devices::input::EvdevError;
@@ -25,6 +26,15 @@ pub enum Error {
     /// An input device of the host.
     #[error(transparent)]
     Input(#[from] EvdevError),
+    /// A disk.
+    #[error(transparent)]
+    Disk(#[from] BlockError),
+    /// A disk that the VM does not have.
+    #[error("the VM has no disk {id:?}")]
+    NoDisk {
+        /// What was asked for.
+        id: String,
+    },
     /// The memory balloon.
     #[error(transparent)]
     Balloon(#[from] BalloonError),

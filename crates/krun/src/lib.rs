@@ -23,6 +23,7 @@
 mod assemble;
 mod command;
 mod config;
+mod disk;
 mod error;
 pub mod host;
 mod input;
@@ -33,6 +34,7 @@ pub use command::{Command, Limit, LimitError};
 pub use config::{
     Console, Kernel, KernelFormat, Overlay, OverlayContent, Port, ROOT_TAG, Serial, Share, VmConfig,
 };
+pub use disk::{BlockError, Disk, DiskFormat, RootDisk, SyncMode};
 pub use error::Error;
 pub use input::Input;
 pub use krun_devices::balloon::{BalloonError, MemoryStats};

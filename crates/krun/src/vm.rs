@@ -6,6 +6,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 use krun_devices::balloon::BalloonHandle;
+use krun_devices::block::BlockHandle;
 use krun_devices::fs::ExitCode;
 use krun_devices::tty::{self, RawTerminal};
 use krun_machine::{ExitCounts, Machine, Outcome, Running};
@@ -41,6 +42,7 @@ pub struct Vm {
     control: Option<Mutex<UnixStream>>,
     consoles: Vec<krun_devices::console::ConsoleHandle>,
     pub(crate) balloon: Option<BalloonHandle>,
+    pub(crate) disks: Vec<BlockHandle>,
     terminals: Mutex<Vec<RawTerminal>>,
     result: Mutex<Option<Result<ExitStatus, Arc<Error>>>>,
 }
@@ -51,7 +53,8 @@ impl Vm {
     /// # Errors
     /// What cannot work, with the value that is wrong and what would work; nothing is left behind.
     pub fn start(config: VmConfig) -> Result<Self, Error> {
-        let Parts { spec, devices, exit_code, control, consoles, terminals, balloon } = assemble(config)?;
+        let Parts { spec, devices, exit_code, control, consoles, terminals, balloon, disks } =
+            assemble(config)?;
         let running = Machine::start(spec, devices)?;
         let terminals = terminals
             .iter()
@@ -64,6 +67,7 @@ impl Vm {
             control: control.map(Mutex::new),
             consoles,
             balloon,
+            disks,
             terminals: Mutex::new(terminals),
             result: Mutex::new(None),
         })

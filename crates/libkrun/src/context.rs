@@ -20,6 +20,7 @@ pub struct Context {
     pub nested: bool,
     pub oem_strings: Vec<String>,
     pub shares: Vec<Share>,
+    pub disks: crate::disks::Disks,
     pub command: Command,
     pub no_init: bool,
     pub no_console: bool,

@@ -17,7 +17,8 @@ fn add_share(context: &mut Context, share: Share) -> Answer<()> {
     if share.tag.is_empty() || share.tag.len() > MAX_TAG {
         return Err(EINVAL);
     }
-    if context.shares.iter().any(|s| s.tag == share.tag) {
+    let second_root = share.tag == ROOT_TAG && context.disks.has_root();
+    if second_root || context.shares.iter().any(|s| s.tag == share.tag) {
         return Err(EEXIST);
     }
     context.shares.push(share);

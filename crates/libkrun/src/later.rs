@@ -22,14 +22,6 @@ macro_rules! not_served {
 }
 
 not_served! {
-    krun_set_root_disk(disk_path: *const c_char) needs disk_path;
-    krun_set_data_disk(disk_path: *const c_char) needs disk_path;
-    krun_add_disk(block_id: *const c_char, disk_path: *const c_char, read_only: bool) needs block_id, disk_path;
-    krun_add_disk2(block_id: *const c_char, disk_path: *const c_char, disk_format: u32, read_only: bool)
-        needs block_id, disk_path;
-    krun_add_disk3(block_id: *const c_char, disk_path: *const c_char, disk_format: u32, read_only: bool,
-        direct_io: bool, sync_mode: u32) needs block_id, disk_path;
-    krun_set_root_disk_remount(device: *const c_char, fstype: *const c_char, options: *const c_char) needs device;
     krun_set_passt_fd(fd: c_int);
     krun_set_gvproxy_path(path: *const c_char) needs path;
     krun_set_net_mac(mac: *const u8) needs mac;

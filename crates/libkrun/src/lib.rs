@@ -9,6 +9,7 @@
 mod args;
 mod console;
 mod context;
+mod disks;
 mod files;
 mod input;
 mod later;

@@ -75,6 +75,7 @@ fn config(context: &mut Context) -> Answer<api::VmConfig> {
         None => None,
         Some((input, output)) => Some(api::Serial { input: duplicate(input)?, output: duplicate(output)? }),
     };
+    let (disks, root_disk) = context.disks.take(context.has_root());
     let defaults = api::VmConfig::default();
     Ok(api::VmConfig {
         vcpus: context.vcpus.unwrap_or(defaults.vcpus),
@@ -82,6 +83,8 @@ fn config(context: &mut Context) -> Answer<api::VmConfig> {
         kernel: context.kernel.take().unwrap_or(defaults.kernel),
         kernel_console: context.kernel_console.take(),
         shares: std::mem::take(&mut context.shares),
+        disks,
+        root_disk,
         command: std::mem::take(&mut context.command),
         init: !context.no_init,
         split_irqchip: context.split_irqchip,

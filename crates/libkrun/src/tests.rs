@@ -5,6 +5,7 @@ use std::ptr::null;
 
 use crate::console::*;
 use crate::context::*;
+use crate::disks::*;
 use crate::files::*;
 use crate::later::*;
 use crate::log::*;
@@ -60,6 +61,8 @@ fn an_unknown_context_is_told() {
             krun_get_shutdown_eventfd(NOWHERE),
             krun_start_enter(NOWHERE),
             krun_add_disk(NOWHERE, p, p, true),
+            krun_set_root_disk(NOWHERE, p),
+            krun_set_root_disk_remount(NOWHERE, p, null(), null()),
             krun_set_port_map(NOWHERE, list),
             krun_disable_implicit_vsock(NOWHERE),
         ]
@@ -90,6 +93,9 @@ fn null_is_refused_where_something_must_be() {
             krun_set_kernel_console(ctx, null()),
             krun_get_default_init(std::ptr::null_mut(), std::ptr::null_mut()),
             krun_add_disk(ctx, null(), p, true),
+            krun_add_disk(ctx, p, null(), true),
+            krun_set_data_disk(ctx, null()),
+            krun_set_root_disk_remount(ctx, null(), null(), null()),
             krun_set_firmware(ctx, null()),
             krun_set_tee_config_file(ctx, null()),
             krun_set_net_mac(ctx, null()),
@@ -112,7 +118,7 @@ fn values_out_of_range_are_refused() {
     assert_eq!(krun_set_log_level(6), -libc::EINVAL);
     assert_eq!(krun_init_log(9999, 1, 0, 0), -libc::EINVAL);
     assert_eq!(krun_has_feature(12), -libc::EINVAL);
-    assert_eq!((krun_has_feature(0), krun_has_feature(11)), (0, 1));
+    assert_eq!((krun_has_feature(1), krun_has_feature(11)), (1, 1));
     assert_eq!(krun_add_virtio_console_default(ctx, 9999, -1, -1), -libc::EINVAL);
     let (long, path) = (c(&"x".repeat(37)), c("/tmp"));
     // SAFETY: the strings live to the end of the test.
@@ -150,6 +156,36 @@ fn there_is_one_root_and_overlays_need_their_parents() {
     }
     std::fs::remove_dir_all(&dir).unwrap();
     assert_eq!(krun_free_ctx(ctx), 0);
+}
+
+#[test]
+fn disks_are_told_apart_and_there_is_one_root() {
+    let ctx = context();
+    let (id, other, path) = (c("a"), c("b"), c("/tmp/disk"));
+    let (id, other, path) = (id.as_ptr(), other.as_ptr(), path.as_ptr());
+    let (device, auto, long) = (c("/dev/vda"), c("auto"), c("123456789012345678901"));
+    // SAFETY: the strings live to the end of the test.
+    unsafe {
+        assert_eq!(krun_add_disk(ctx, id, path, true), 0);
+        assert_eq!(krun_add_disk(ctx, id, path, true), -libc::EEXIST);
+        assert_eq!(krun_add_disk2(ctx, other, path, 3, false), -libc::EINVAL);
+        assert_eq!(krun_add_disk3(ctx, other, path, 0, false, false, 3), -libc::EINVAL);
+        assert_eq!(krun_add_disk(ctx, long.as_ptr(), path, true), -libc::EINVAL);
+        assert_eq!(krun_add_disk3(ctx, other, path, 0x101, false, true, 2), 0);
+        assert_eq!(krun_set_root_disk(ctx, path), -libc::EINVAL);
+        assert_eq!(krun_set_root_disk_remount(ctx, device.as_ptr(), auto.as_ptr(), null()), 0);
+        assert_eq!(krun_set_root_disk_remount(ctx, device.as_ptr(), null(), null()), -libc::EEXIST);
+        assert_eq!(krun_set_root(ctx, path), -libc::EEXIST);
+        assert_eq!(krun_free_ctx(ctx), 0);
+        let ctx = context();
+        assert_eq!(krun_set_data_disk(ctx, path), 0);
+        assert_eq!(krun_set_root_disk(ctx, path), 0);
+        assert_eq!(krun_add_disk(ctx, id, path, true), -libc::EINVAL);
+        let mut context = remove(ctx).unwrap();
+        let (disks, root) = context.disks.take(false);
+        let ids: Vec<_> = disks.iter().map(|d| d.id.as_str()).collect();
+        assert_eq!((ids, root.unwrap().device.as_str()), (vec!["root", "data"], "/dev/vda"));
+    }
 }
 
 #[test]
@@ -193,6 +229,7 @@ fn the_header_and_the_code_name_the_same_functions() {
     let code = [
         include_str!("console.rs"),
         include_str!("context.rs"),
+        include_str!("disks.rs"),
         include_str!("files.rs"),
         include_str!("input.rs"),
         include_str!("later.rs"),

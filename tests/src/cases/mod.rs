@@ -7,6 +7,9 @@ mod balloon;
 mod bare;
 mod bytes;
 mod c_abi;
+mod disk;
+mod disk_faults;
+mod disk_root;
 mod endings;
 mod exit_codes;
 mod files;
@@ -52,4 +55,11 @@ pub const ALL: &[Case] = &[
     balloon::CASE,
     input::CASE,
     bare::CASE,
+    disk::CASE,
+    disk::SIZE,
+    disk::FORMATS,
+    disk::FIO,
+    disk_root::CASE,
+    disk_faults::SPACE,
+    disk_faults::POWER_CUT,
 ];
