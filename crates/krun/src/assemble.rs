@@ -158,8 +158,10 @@ fn share_device(
 /// The kernel's command line, without the devices.
 fn command_line(config: &VmConfig) -> String {
     let console = config.kernel_console.as_deref().unwrap_or("hvc0");
+    // Mounted as what it is, so that the guest need not ask to find out that it cannot write.
+    let mode = if config.shares.iter().any(|s| s.tag == ROOT_TAG && s.read_only) { "ro" } else { "rw" };
     let mut line = format!(
-        "reboot=k,panic_warm panic=-1 panic_print=0 nomodule console={console} rootfstype=virtiofs rw no-kvmapf"
+        "reboot=k,panic_warm panic=-1 panic_print=0 nomodule console={console} rootfstype=virtiofs {mode} no-kvmapf"
     );
     if !config.verbose {
         line.push_str(" quiet");
@@ -199,6 +201,7 @@ pub fn assemble(mut config: VmConfig) -> Result<Parts, Error> {
         own.push(own_file(wire::INIT_PATH, 0o755, INIT));
         own.push(own_file(wire::CONFIG_PATH, 0o400, init_config(&config, stdio)));
     }
+    let cmdline = command_line(&config);
     let mut shares = std::mem::take(&mut config.shares);
     match shares.iter().position(|s| s.tag == ROOT_TAG) {
         Some(at) => shares[..=at].rotate_right(1),
@@ -226,7 +229,7 @@ pub fn assemble(mut config: VmConfig) -> Result<Parts, Error> {
     let spec = Spec {
         vcpus: u32::from(config.vcpus),
         ram_mib: u64::from(config.memory_mib),
-        cmdline: command_line(&config),
+        cmdline,
         kernel: config.kernel,
         serial: config.serial.map(|s| SerialSpec { input: s.input, output: s.output }),
         split_irqchip: config.split_irqchip,

@@ -93,6 +93,8 @@ bitflags! {
         const ASYNC_DIO = 1 << 15;
         /// The kernel keeps dirty pages.
         const WRITEBACK_CACHE = 1 << 16;
+        /// OPEN may be answered with ENOSYS, and is not sent again.
+        const NO_OPEN_SUPPORT = 1 << 17;
         /// Lookups and listings of one directory at once.
         const PARALLEL_DIROPS = 1 << 18;
         /// ACLs are enforced by the kernel.
@@ -101,6 +103,8 @@ bitflags! {
         const MAX_PAGES = 1 << 22;
         /// Targets of symbolic links are cached.
         const CACHE_SYMLINKS = 1 << 23;
+        /// OPENDIR may be answered with ENOSYS, and is not sent again.
+        const NO_OPENDIR_SUPPORT = 1 << 24;
         /// Mount points are announced.
         const SUBMOUNTS = 1 << 27;
         /// The server clears set-id bits when told.
@@ -109,6 +113,8 @@ bitflags! {
         const SETXATTR_EXT = 1 << 29;
         /// There is a second word of flags.
         const INIT_EXT = 1 << 30;
+        /// Files opened with `FOPEN_DIRECT_IO` can be mapped shared.
+        const DIRECT_IO_ALLOW_MMAP = 1 << 36;
         const _ = !0;
     }
 }
@@ -151,6 +157,8 @@ pub const FOPEN_KEEP_CACHE: u32 = 2;
 pub const FOPEN_CACHE_DIR: u32 = 8;
 /// OPEN reply: the kernel need not send FLUSH.
 pub const FOPEN_NOFLUSH: u32 = 32;
+/// OPEN reply, with `FOPEN_DIRECT_IO`: several writes at once.
+pub const FOPEN_PARALLEL_DIRECT_WRITES: u32 = 64;
 /// `open_flags` of OPEN and CREATE: set-id bits go with truncation.
 pub const OPEN_KILL_SUIDGID: u32 = 1;
 /// `write_flags` of WRITE: set-id bits go.

@@ -107,6 +107,7 @@ impl VirtioDevice for Fs {
     }
 
     fn stop(&mut self) {
+        tracing::debug!(tag = self.tag, "{}", self.server.take_counts());
         self.server.reset();
     }
 }
@@ -125,7 +126,7 @@ mod fuzz {
     use krun_memory::VolatileSlice;
 
     use super::super::flat::{FlatSink, FlatSource};
-    use super::super::{Content, FileData, Overlay};
+    use super::super::{CachePolicy, Content, FileData, Overlay};
     use super::*;
 
     /// The servers, and the directory that one of them shares.
@@ -157,19 +158,23 @@ mod fuzz {
             overlay("d/f", Content::File { data: bytes.clone(), mode: 0o644, one_shot: false }),
             overlay("once", Content::File { data: bytes, mode: 0o755, one_shot: true }),
         ];
-        let spec = |source, read_only| FsSpec {
+        let spec = |source, read_only, cache, overlays: &[Overlay]| FsSpec {
             tag: "fuzz".into(),
             source,
             read_only,
-            overlays: overlays.clone(),
+            cache,
+            overlays: overlays.to_vec(),
             ..FsSpec::default()
         };
         let directory = directory();
-        let servers = [spec(None, false), spec(directory.clone(), true)]
-            .iter()
-            .filter_map(|s| setup::share(s).ok())
-            .map(|share| Server::new(share, None))
-            .collect();
+        let all = [
+            spec(None, false, CachePolicy::AUTO, &overlays),
+            spec(directory.clone(), true, CachePolicy::NEVER, &overlays),
+            // Read by node, without OPEN.
+            spec(directory.clone(), true, CachePolicy::ALWAYS, &overlays[..2]),
+        ];
+        let servers =
+            all.iter().filter_map(|s| setup::share(s).ok()).map(|share| Server::new(share, None)).collect();
         Bench { servers, directory }
     }
 

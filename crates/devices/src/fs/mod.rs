@@ -4,12 +4,20 @@
 //! One worker thread serves a share and owns all of its state; data of READ and WRITE move between files
 //! and guest memory without a copy in between.
 //!
+//! Each request costs the guest a switch to this process and back, so it is spared those that tell it nothing:
+//! that a name does not exist is believed for as long as that one exists; and a read-only share, unless
+//! nothing is cached, is read without OPEN and RELEASE (`FUSE_NO_OPEN_SUPPORT`). There an open for writing
+//! succeeds if the guest has not mounted the share `ro`, and the write fails. A writable share keeps OPEN: a
+//! file may have been unlinked, or made without permission to write, while it is open. Write-back caching is
+//! not used: it would hide from the guest what the host changes, and from the host what the guest wrote.
+//!
 //! What a guest should know: POSIX and BSD locks are its own affair (they work between its processes, and do
 //! not reach the host); a share that is read-only answers EROFS, but the mount shows `ro` only if the guest
 //! mounts it so; new files belong to the guest's user where this process has `CAP_SETUID` and
 //! `CAP_SETGID`, else to the user it runs as.
 
 mod abi;
+mod counts;
 mod device;
 mod flat;
 mod handles;
@@ -65,7 +73,8 @@ pub struct CachePolicy {
 impl CachePolicy {
     /// Changes of the host are seen at once.
     pub const NEVER: Self = Self { entry: Duration::ZERO, attr: Duration::ZERO, data: DataCache::Never };
-    /// Changes of the host are seen within a second.
+    /// Changes of the host are seen within a second: new names, changed attributes, and contents at the next
+    /// open or read.
     pub const AUTO: Self =
         Self { entry: Duration::from_secs(1), attr: Duration::from_secs(1), data: DataCache::CloseToOpen };
     /// Only the guest changes the share.

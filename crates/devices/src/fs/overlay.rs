@@ -177,6 +177,11 @@ impl Overlays {
         self.entries.get(index)?.content.as_ref()
     }
 
+    /// Whether any file disappears once it was used.
+    pub fn has_one_shot(&self) -> bool {
+        self.entries.iter().any(|e| matches!(e.content, Some(Content::File { one_shot: true, .. })))
+    }
+
     /// Removes a one-shot file.
     pub fn consume(&mut self, index: usize) {
         if let Some(e) = self.entries.get_mut(index)

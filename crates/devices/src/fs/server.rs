@@ -5,7 +5,8 @@ use std::time::Duration;
 use krun_virtio::DeviceError;
 use rustix::io::Errno;
 
-use super::abi::{self, Attr, InHeader, InitFlags, OUT_HEADER, Put, op, out_header};
+use super::abi::{self, Attr, InHeader, InitFlags, OUT_HEADER, Put, Valid, op, out_header};
+use super::counts::Counts;
 use super::io::{Sink, Source};
 use super::passthrough::{Entry, New, Result, Share, Who};
 use super::request::{BODY_MAX, Request, WRITE_IN};
@@ -23,6 +24,10 @@ const IOCTL_EXIT: u32 = 0x7602;
 struct Session {
     ready: bool,
     setxattr_ext: bool,
+    /// OPEN is not served: the guest reads by node.
+    no_open: bool,
+    /// Nor is OPENDIR.
+    no_opendir: bool,
 }
 
 /// Serves the requests of one guest to one share.
@@ -31,6 +36,7 @@ pub struct Server {
     share: Share,
     exit: Option<ExitSink>,
     session: Session,
+    counts: Counts,
     /// Bodies of requests, and replies with their head; kept for the next.
     body: Vec<u8>,
     reply: Vec<u8>,
@@ -39,7 +45,14 @@ pub struct Server {
 impl Server {
     /// A server of `share`; IOCTL 0x7602 reports to `exit`.
     pub fn new(share: Share, exit: Option<ExitSink>) -> Self {
-        Self { share, exit, session: Session::default(), body: Vec::new(), reply: Vec::new() }
+        Self {
+            share,
+            exit,
+            session: Session::default(),
+            counts: Counts::default(),
+            body: Vec::new(),
+            reply: Vec::new(),
+        }
     }
 
     /// The share.
@@ -54,6 +67,11 @@ impl Server {
     /// The host's reason.
     pub fn attach(&mut self) -> std::io::Result<()> {
         self.share.attach()
+    }
+
+    /// Requests since this was asked last.
+    pub fn take_counts(&mut self) -> Counts {
+        std::mem::take(&mut self.counts)
     }
 
     /// Forgets the guest.
@@ -77,6 +95,8 @@ impl Server {
             return Err(DeviceError::Driver("a file-system request is shorter than its head".into()));
         }
         let head = InHeader::parse(&head);
+        self.counts.add(head.opcode);
+        tracing::trace!(op = head.opcode, node = head.nodeid, len = head.len, "request");
         if !Request::wants_reply(head.opcode) {
             self.one_way(&head, source);
             return Ok(0);
@@ -164,7 +184,7 @@ impl Server {
             me.check_ready()?;
             let mut data = sink.split_at(OUT_HEADER);
             let size = (size as usize).min(data.remaining());
-            let n = me.share.read(fh, offset, size, &mut data)?;
+            let n = me.share.read(head.nodeid, fh, offset, size, &mut data)?;
             let len = (OUT_HEADER + n) as u32;
             if !sink.put(&out_header(len, 0, head.unique)) {
                 return Err(Errno::IO);
@@ -227,7 +247,7 @@ impl Server {
         let who = Who { uid: head.uid, gid: head.gid };
         let share = &mut self.share;
         match request {
-            Request::Lookup { name } => put_entry(out, &share.lookup(node, name)?),
+            Request::Lookup { name } => put_found(out, share.lookup(node, name), share.cache().entry)?,
             Request::GetAttr { fh } => put_attr(out, share.getattr(node, fh)?),
             Request::Statx { fh } => put_statx(out, share.getattr(node, fh)?),
             Request::SetAttr(set) => put_attr(out, share.setattr(node, &set)?),
@@ -278,6 +298,10 @@ impl Server {
     ) -> Result<()> {
         let share = &mut self.share;
         match request {
+            Request::Open { .. } if self.session.no_open => return Err(Errno::NOSYS),
+            Request::OpenDir if self.session.no_opendir => return Err(Errno::NOSYS),
+            // Nothing is written, so nothing is left to be said when a file is closed.
+            Request::Flush { .. } if self.session.no_open => return Err(Errno::NOSYS),
             Request::Open { flags, .. } => {
                 let (fh, flags) = share.open(node, flags)?;
                 out.open(fh, flags);
@@ -298,7 +322,7 @@ impl Server {
             }
             Request::ReadDir { fh, offset, size, plus } => {
                 let size = (size as usize).min(room.saturating_sub(OUT_HEADER)).min(READDIR_MAX);
-                share.readdir(fh, offset, size, plus, out)?;
+                share.readdir(node, fh, offset, size, plus, out)?;
             }
             Request::Release { fh } | Request::ReleaseDir { fh } => share.release(fh)?,
             Request::Fsync { fh, data_only } | Request::FsyncDir { fh, data_only } => {
@@ -306,7 +330,7 @@ impl Server {
             }
             Request::Flush { fh } => share.flush(fh)?,
             Request::Fallocate { fh, offset, length, mode } => share.fallocate(fh, offset, length, mode)?,
-            Request::Lseek { fh, offset, whence } => out.u64(share.lseek(fh, offset, whence)?),
+            Request::Lseek { fh, offset, whence } => out.u64(share.lseek(node, fh, offset, whence)?),
             Request::CopyFileRange { fh_in, off_in, fh_out, off_out, len } => {
                 let n = share.copy_range((fh_in, off_in), (fh_out, off_out), len)?;
                 out.u32(n as u32);
@@ -331,7 +355,6 @@ impl Server {
         // A newer major begins again with ours; the rest of the reply does not count then.
         self.share.reset();
         let mut wanted = InitFlags::ASYNC_READ
-            | InitFlags::ATOMIC_O_TRUNC
             | InitFlags::BIG_WRITES
             | InitFlags::DO_READDIRPLUS
             | InitFlags::READDIRPLUS_AUTO
@@ -341,13 +364,29 @@ impl Server {
             | InitFlags::CACHE_SYMLINKS
             | InitFlags::HANDLE_KILLPRIV_V2
             | InitFlags::SETXATTR_EXT
+            | InitFlags::DIRECT_IO_ALLOW_MMAP
             | InitFlags::INIT_EXT;
+        if self.share.reads_unopened() {
+            wanted |= InitFlags::NO_OPEN_SUPPORT;
+            // Without OPENDIR the guest keeps listings for as long as a directory's times are the same; the
+            // host's clock may be too coarse for two changes at nearly the same time.
+            if self.share.cache().data == DataCache::Always {
+                wanted |= InitFlags::NO_OPENDIR_SUPPORT;
+            }
+        } else {
+            // A guest that sends no OPEN must truncate with SETATTR.
+            wanted |= InitFlags::ATOMIC_O_TRUNC;
+        }
         if self.share.cache().data != DataCache::Always {
             wanted |= InitFlags::AUTO_INVAL_DATA;
         }
         let agreed = wanted & offered;
-        self.session =
-            Session { ready: major == abi::MAJOR, setxattr_ext: agreed.contains(InitFlags::SETXATTR_EXT) };
+        self.session = Session {
+            ready: major == abi::MAJOR,
+            setxattr_ext: agreed.contains(InitFlags::SETXATTR_EXT),
+            no_open: agreed.contains(InitFlags::NO_OPEN_SUPPORT),
+            no_opendir: agreed.contains(InitFlags::NO_OPENDIR_SUPPORT),
+        };
         out.u32(abi::MAJOR);
         out.u32(minor.min(abi::MINOR));
         out.u32(max_readahead);
@@ -382,6 +421,18 @@ enum Done {
     Reply,
     /// Its reply of so many bytes is with the guest.
     Stored(u32),
+}
+
+/// A name, or for how long there is none: as long as one that is there is believed in.
+fn put_found(out: &mut Vec<u8>, found: Result<Entry>, absent: Duration) -> Result<()> {
+    match found {
+        Ok(entry) => put_entry(out, &entry),
+        Err(Errno::NOENT) if !absent.is_zero() => {
+            out.entry(0, &Attr::default(), Valid { entry: absent, attr: Duration::ZERO });
+        }
+        Err(e) => return Err(e),
+    }
+    Ok(())
 }
 
 fn put_entry(out: &mut Vec<u8>, e: &Entry) {

@@ -4,7 +4,7 @@
 //! shifts the host's up by their number; a position too large to be shifted is one at the very end.
 
 use std::ffi::CStr;
-use std::os::fd::AsFd;
+use std::os::fd::{AsFd, OwnedFd};
 use std::sync::Arc;
 
 use rustix::fs::{OFlags, SeekFrom};
@@ -47,19 +47,8 @@ impl Share {
     /// # Errors
     /// ENOTDIR, or the host's reason.
     pub fn opendir(&mut self, node: u64) -> Result<(u64, u32)> {
-        let info = self.inodes.get(node)?;
-        let listed = self.overlays.listed(parent_key(info));
-        let fd = match &info.what {
-            What::Virtual(index) => match self.overlays.content(*index) {
-                Some(Content::Dir { .. }) => None,
-                Some(Content::File { .. }) => return Err(Errno::NOTDIR),
-                None => return Err(Errno::NOENT),
-            },
-            What::Host(host) if is_dir(&host.id) => {
-                Some(Arc::new(self.reopen(node, OFlags::RDONLY | OFlags::DIRECTORY)?))
-            }
-            What::Host(_) => return Err(Errno::NOTDIR),
-        };
+        let listed = self.overlays.listed(parent_key(self.inodes.get(node)?));
+        let fd = self.directory(node)?;
         let dir = Dir { node, fd, listed, entries: Vec::new(), at: 0, offset: 0 };
         let fh = self.add_handle(node, Handle::Dir(Box::new(dir)))?;
         let flags = match self.cache.data {
@@ -69,6 +58,21 @@ impl Share {
         Ok((fh, flags))
     }
 
+    /// Opens directory `node` of the host; `None`: it is an overlay.
+    pub(super) fn directory(&mut self, node: u64) -> Result<Option<Arc<OwnedFd>>> {
+        match &self.inodes.get(node)?.what {
+            What::Virtual(index) => match self.overlays.content(*index) {
+                Some(Content::Dir { .. }) => Ok(None),
+                Some(Content::File { .. }) => Err(Errno::NOTDIR),
+                None => Err(Errno::NOENT),
+            },
+            What::Host(host) if is_dir(&host.id) => {
+                Ok(Some(Arc::new(self.reopen(node, OFlags::RDONLY | OFlags::DIRECTORY)?)))
+            }
+            What::Host(_) => Err(Errno::NOTDIR),
+        }
+    }
+
     /// Appends entries from `offset` to `out`, at most `size` bytes of them; with `plus`, each with a
     /// lookup counted.
     ///
@@ -76,16 +80,21 @@ impl Share {
     /// EBADF, EINVAL when not one entry fits, or the host's reason.
     pub fn readdir(
         &mut self,
+        node: u64,
         fh: u64,
         offset: u64,
         size: usize,
         plus: bool,
         out: &mut Vec<u8>,
     ) -> Result<()> {
-        let mut dir = self.handles.take_dir(fh)?;
+        let unopened = fh == 0 && self.reads_unopened();
+        let mut dir = if unopened { self.listing_of(node)? } else { self.handles.take_dir(fh)? };
         let start = out.len();
         let r = self.list(&mut dir, offset, start.saturating_add(size), plus, out);
-        self.handles.put_dir(fh, dir);
+        match unopened {
+            true => self.keep_listing(dir),
+            false => self.handles.put_dir(fh, dir),
+        }
         match r {
             // What was listed before an error is passed on; the guest meets the error again.
             Err(_) if out.len() > start => Ok(()),

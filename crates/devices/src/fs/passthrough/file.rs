@@ -8,6 +8,7 @@ use krun_memory::VolatileSlice;
 use rustix::fs::{FallocateFlags, Mode, OFlags, SeekFrom, openat2};
 use rustix::io::Errno;
 
+use super::unopened::Bytes;
 use super::{Entry, Result, Share, Stat, Who, beneath, with_descriptors};
 use crate::fs::abi::{FOPEN_KEEP_CACHE, FOPEN_NOFLUSH};
 use crate::fs::handles::Handle;
@@ -148,15 +149,29 @@ impl Share {
         self.finish_create(entry, fd, &st)
     }
 
-    /// Reads up to `size` bytes into `sink` and returns how many.
+    /// Reads up to `size` bytes of what `fh` has open into `sink` and returns how many.
     ///
     /// # Errors
     /// EBADF, or the host's reason.
-    pub fn read<'m>(&self, fh: u64, offset: u64, size: usize, sink: &mut impl Sink<'m>) -> Result<usize> {
-        match self.handles.get(fh)? {
-            Handle::File { fd, .. } => sys::read_into(fd.as_fd(), sink.room(), offset, size),
-            Handle::Dir(_) => Err(Errno::ISDIR),
-            Handle::Bytes { data, .. } => {
+    pub fn read<'m>(
+        &mut self,
+        node: u64,
+        fh: u64,
+        offset: u64,
+        size: usize,
+        sink: &mut impl Sink<'m>,
+    ) -> Result<usize> {
+        let from = match fh {
+            0 if self.reads_unopened() => self.contents_of(node)?,
+            _ => match self.handles.get(fh)? {
+                Handle::File { fd, .. } => Bytes::Host(Arc::clone(fd)),
+                Handle::Dir(_) => return Err(Errno::ISDIR),
+                Handle::Bytes { data, .. } => Bytes::Virtual(data.clone()),
+            },
+        };
+        match from {
+            Bytes::Host(fd) => sys::read_into(fd.as_fd(), sink.room(), offset, size),
+            Bytes::Virtual(data) => {
                 let bytes = data.bytes();
                 let rest = usize::try_from(offset).ok().and_then(|at| bytes.get(at..)).unwrap_or_default();
                 let part = &rest[..rest.len().min(size).min(sink.remaining())];
@@ -212,18 +227,27 @@ impl Share {
     ///
     /// # Errors
     /// EBADF, ENXIO beyond the end, or the host's reason.
-    pub fn lseek(&self, fh: u64, offset: u64, whence: u32) -> Result<u64> {
+    pub fn lseek(&mut self, node: u64, fh: u64, offset: u64, whence: u32) -> Result<u64> {
         let whence = whence as i32;
-        if let Handle::Bytes { data, .. } = self.handles.get(fh)? {
-            let len = data.bytes().len() as u64;
-            return match whence {
-                libc::SEEK_DATA if offset < len => Ok(offset),
-                libc::SEEK_HOLE if offset < len => Ok(len),
-                libc::SEEK_DATA | libc::SEEK_HOLE => Err(Errno::NXIO),
-                _ => Err(Errno::INVAL),
-            };
-        }
-        let fd = self.handles.file(fh)?;
+        let from = match fh {
+            0 if self.reads_unopened() => self.contents_of(node)?,
+            _ => match self.handles.get(fh)? {
+                Handle::Bytes { data, .. } => Bytes::Virtual(data.clone()),
+                _ => Bytes::Host(self.handles.file(fh)?),
+            },
+        };
+        let fd = match from {
+            Bytes::Host(fd) => fd,
+            Bytes::Virtual(data) => {
+                let len = data.bytes().len() as u64;
+                return match whence {
+                    libc::SEEK_DATA if offset < len => Ok(offset),
+                    libc::SEEK_HOLE if offset < len => Ok(len),
+                    libc::SEEK_DATA | libc::SEEK_HOLE => Err(Errno::NXIO),
+                    _ => Err(Errno::INVAL),
+                };
+            }
+        };
         if i64::try_from(offset).is_err() {
             return Err(Errno::NXIO);
         }

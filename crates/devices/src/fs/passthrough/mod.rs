@@ -16,6 +16,7 @@ mod dir;
 mod file;
 mod names;
 mod stat;
+mod unopened;
 mod xattr;
 
 use std::collections::HashMap;
@@ -28,7 +29,9 @@ use std::time::Duration;
 use rustix::fs::{Mode, OFlags, ResolveFlags, openat2};
 use rustix::io::Errno;
 
-use super::abi::{Attr, FOPEN_DIRECT_IO, FOPEN_KEEP_CACHE, FOPEN_NOFLUSH, Valid};
+use super::abi::{
+    Attr, FOPEN_DIRECT_IO, FOPEN_KEEP_CACHE, FOPEN_NOFLUSH, FOPEN_PARALLEL_DIRECT_WRITES, Valid,
+};
 use super::handles::{Handle, Handles};
 use super::inodes::{HostNode, Identity, Inodes, Node, What};
 use super::overlay::{Content, Overlays, Parent};
@@ -36,6 +39,7 @@ use super::sys::{Caller, FdName};
 use super::{CachePolicy, DataCache};
 pub use names::New;
 pub use stat::Stat;
+use unopened::Reads;
 
 /// Longest chain of parents walked to find an inode again.
 const DEPTH_MAX: usize = 4096;
@@ -87,6 +91,7 @@ pub struct Share {
     caller: Option<(Caller, ThreadId)>,
     cache: CachePolicy,
     read_only: bool,
+    reads: Reads,
     devices: HashMap<(u32, u32), Device>,
 }
 
@@ -174,6 +179,7 @@ impl Share {
             caller: None,
             cache,
             read_only,
+            reads: Reads::default(),
             devices,
         })
     }
@@ -194,12 +200,19 @@ impl Share {
     /// Forgets all that the guest knows and closes its files.
     pub fn reset(&mut self) {
         self.handles.clear();
+        self.reads.clear();
         self.inodes.clear();
     }
 
     /// Whether nothing may be changed.
     pub fn is_read_only(&self) -> bool {
         self.read_only
+    }
+
+    /// Whether files may be read without having been opened: nothing can be changed, nobody counts on seeing
+    /// the open, and the guest may keep pages for longer than one.
+    pub fn reads_unopened(&self) -> bool {
+        self.read_only && self.cache.data != DataCache::Never && !self.overlays.has_one_shot()
     }
 
     /// How much the guest may cache.
@@ -210,7 +223,7 @@ impl Share {
     /// Number of nodes, open handles and cached descriptors.
     #[cfg(test)]
     pub fn counts(&self) -> (usize, usize, usize) {
-        (self.inodes.len(), self.handles.len(), self.inodes.held())
+        (self.inodes.len(), self.handles.len() + self.reads.len(), self.inodes.held())
     }
 
     fn caller(&self) -> Result<&Caller> {
@@ -228,6 +241,9 @@ impl Share {
     /// Gives back `n` lookups of `node`.
     pub fn forget(&mut self, node: u64, n: u64) {
         self.inodes.forget(node, n);
+        if self.inodes.get(node).is_err() {
+            self.reads.forget(node);
+        }
     }
 
     /// Finds `name` in `parent`.
@@ -445,7 +461,7 @@ impl Share {
         let now = (st.attr.size, st.attr.mtime, st.attr.ctime);
         let before = self.inodes.host_mut(node).and_then(|h| h.seen.replace(now));
         let pages = match self.cache.data {
-            DataCache::Never => FOPEN_DIRECT_IO,
+            DataCache::Never => FOPEN_DIRECT_IO | FOPEN_PARALLEL_DIRECT_WRITES,
             DataCache::Always => FOPEN_KEEP_CACHE,
             DataCache::CloseToOpen if before == Some(now) => FOPEN_KEEP_CACHE,
             DataCache::CloseToOpen => 0,

@@ -159,11 +159,18 @@ impl Client {
     }
 
     pub fn init(&mut self) -> Reply<Vec<u8>> {
-        self.call(op::INIT, 0, &[&words(&[7, 41, 1 << 17, u32::MAX >> 1, 0]), &[0; 44]])
+        self.init_without(0)
+    }
+
+    /// INIT of a guest that lacks the features `missing`.
+    pub fn init_without(&mut self, missing: u32) -> Reply<Vec<u8>> {
+        self.call(op::INIT, 0, &[&words(&[7, 41, 1 << 17, (u32::MAX >> 1) & !missing, 0]), &[0; 44]])
     }
 
     pub fn lookup(&mut self, parent: u64, name: &CStr) -> Reply<Entry> {
-        self.call(op::LOOKUP, parent, &[name.to_bytes_with_nul()]).map(|b| entry(&b))
+        let found = self.call(op::LOOKUP, parent, &[name.to_bytes_with_nul()]).map(|b| entry(&b))?;
+        // No node: there is nothing of that name, for so long.
+        if found.node == 0 { Err(libc::ENOENT) } else { Ok(found) }
     }
 
     /// Looks up a path of several components.
@@ -247,8 +254,12 @@ impl Client {
     }
 
     pub fn read(&mut self, fh: u64, offset: u64, size: u32) -> Reply<Vec<u8>> {
+        self.read_node(0, fh, offset, size)
+    }
+
+    pub fn read_node(&mut self, node: u64, fh: u64, offset: u64, size: u32) -> Reply<Vec<u8>> {
         let body = [longs(&[fh, offset]), words(&[size, 0, 0, 0, 0, 0])].concat();
-        self.raw(op::READ, 0, &body, size as usize)
+        self.raw(op::READ, node, &body, size as usize)
     }
 
     pub fn write(&mut self, fh: u64, offset: u64, data: &[u8], flags: u32) -> Reply<u32> {
@@ -270,9 +281,20 @@ impl Client {
 
     /// One reply's worth of entries.
     pub fn readdir(&mut self, fh: u64, offset: u64, size: u32, plus: bool) -> Reply<Vec<DirEntry>> {
+        self.readdir_node(0, fh, offset, size, plus)
+    }
+
+    pub fn readdir_node(
+        &mut self,
+        node: u64,
+        fh: u64,
+        offset: u64,
+        size: u32,
+        plus: bool,
+    ) -> Reply<Vec<DirEntry>> {
         let body = [longs(&[fh, offset]), words(&[size, 0, 0, 0, 0, 0])].concat();
         let op = if plus { op::READDIRPLUS } else { op::READDIR };
-        let b = self.raw(op, 0, &body, size as usize)?;
+        let b = self.raw(op, node, &body, size as usize)?;
         let (mut at, mut list) = (0, Vec::new());
         while at < b.len() {
             let node = if plus { u64_at(&b, at) } else { 0 };

@@ -3,9 +3,12 @@
 use std::fs;
 use std::path::Path;
 
-use super::client::{Client, ROOT, Set, absent, longs, words};
+use super::client::{Client, ROOT, Set, absent, longs, u32_at, words};
 use crate::fs::abi::{Fattr, op};
-use crate::fs::{FsError, FsSpec, setup};
+use crate::fs::{CachePolicy, Content, FsError, FsSpec, Overlay, setup};
+
+/// NO_OPEN_SUPPORT and NO_OPENDIR_SUPPORT.
+const NO_OPEN: u32 = 1 << 17 | 1 << 24;
 
 #[test]
 fn every_change_is_refused() {
@@ -15,6 +18,8 @@ fn every_change_is_refused() {
         fs::write(root.join("f"), "data").unwrap();
         s.read_only = true;
     });
+    // A guest that insists on opening.
+    c.init_without(NO_OPEN).unwrap();
     let (d, f) = (c.lookup(ROOT, c"d").unwrap().node, c.lookup(ROOT, c"f").unwrap().node);
     let e = Some(libc::EROFS);
     for flags in [libc::O_WRONLY, libc::O_RDWR, libc::O_RDONLY | libc::O_TRUNC] {
@@ -45,6 +50,75 @@ fn every_change_is_refused() {
     assert_eq!(c.contents(f).unwrap(), b"data");
     assert_eq!(c.names(ROOT), ["d", "f"]);
     assert!(absent(&c.path("n")));
+}
+
+#[test]
+fn files_are_read_without_being_opened() {
+    let mut c = Client::with(|s| {
+        let root = s.source.clone().unwrap();
+        for n in 0..300 {
+            fs::write(root.join(format!("f{n}")), format!("file {n}")).unwrap();
+        }
+        fs::create_dir(root.join("d")).unwrap();
+        s.read_only = true;
+        s.cache = CachePolicy::ALWAYS;
+        s.overlays = vec![Overlay {
+            path: "o".into(),
+            content: Content::File { data: b"overlay".to_vec().into(), mode: 0o644, one_shot: false },
+            listed: true,
+        }];
+    });
+    let nosys = Some(libc::ENOSYS);
+    let (d, o) = (c.lookup(ROOT, c"d").unwrap().node, c.lookup(ROOT, c"o").unwrap().node);
+    assert_eq!(c.read_node(o, 0, 4, 10).unwrap(), b"lay");
+    assert_eq!(c.read_node(d, 0, 0, 10).err(), Some(libc::EISDIR));
+    assert_eq!((c.open(o, libc::O_RDONLY).err(), c.opendir(ROOT).err()), (nosys, nosys));
+    assert_eq!(c.call(op::FLUSH, o, &[&longs(&[0, 0, 0])]).err(), nosys);
+    // More files than are kept open, and again.
+    for _ in 0..2 {
+        for n in 0..300 {
+            let name = std::ffi::CString::new(format!("f{n}")).unwrap();
+            let node = c.lookup(ROOT, &name).unwrap().node;
+            assert_eq!(c.read_node(node, 0, 0, 100).unwrap(), format!("file {n}").as_bytes());
+        }
+    }
+    let first = c.lookup(ROOT, c"f299").unwrap().node;
+    fs::remove_file(c.path("f299")).unwrap();
+    assert_eq!(c.read_node(first, 0, 5, 100).unwrap(), b"299", "what is in use stays readable");
+    c.forget(first, 3);
+    assert_eq!(c.read_node(first, 0, 0, 1).err(), Some(libc::ESTALE));
+    let open = c.counts().1;
+    assert!(open < 130, "{open} are open");
+    let (mut names, mut at) = (Vec::new(), 0);
+    loop {
+        let part = c.readdir_node(ROOT, 0, at, 4096, false).unwrap();
+        let Some(last) = part.last() else { break };
+        at = last.next;
+        names.extend(part.into_iter().map(|e| e.name));
+    }
+    names.sort();
+    names.dedup();
+    assert_eq!(names.len(), 299 + 4, "files, the directory, the overlay and the dots");
+    assert_eq!(c.lookup(ROOT, c"absent").err(), Some(libc::ENOENT));
+}
+
+#[test]
+fn an_open_that_counts_is_asked_for() {
+    let once = |s: &mut FsSpec| {
+        s.read_only = true;
+        s.overlays = vec![Overlay {
+            path: "once".into(),
+            content: Content::File { data: b"x".to_vec().into(), mode: 0o644, one_shot: true },
+            listed: true,
+        }];
+    };
+    let never = |s: &mut FsSpec| (s.read_only, s.cache) = (true, CachePolicy::NEVER);
+    for mut c in [Client::with(once), Client::with(never), Client::new()] {
+        assert!(c.opendir(ROOT).is_ok());
+        let flags = u32_at(&c.init().unwrap(), 12);
+        assert_eq!(flags & NO_OPEN, 0);
+        assert_eq!(c.read_node(ROOT, 0, 0, 1).err(), Some(libc::EBADF));
+    }
 }
 
 fn refused(tag: &str, source: &Path) -> FsError {
