@@ -139,6 +139,12 @@ pub trait Vcpu {
     /// The guest cannot go on ([`Error::Stopped`]), or the host's refusal.
     fn run(&mut self, reply: Reply) -> Result<Exit>;
 
+    /// Gives the guest the pages of `len` bytes of its memory from `at` now, where the host can do that
+    /// in one go, not each by an exit on first use. Nothing depends on it.
+    fn prefault(&self, at: GuestAddress, len: u64) {
+        let _ = (at, len);
+    }
+
     /// How often this vCPU has left the guest, by reason.
     fn exits(&self) -> ExitCounts;
 

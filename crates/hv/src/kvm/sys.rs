@@ -8,7 +8,7 @@ use std::os::fd::{AsRawFd, RawFd};
 use std::ptr::{NonNull, addr_of};
 use std::sync::atomic::AtomicU8;
 
-use kvm_bindings::{self as kvm, kvm_ioeventfd, kvm_irqfd, kvm_run};
+use kvm_bindings::{self as kvm, kvm_ioeventfd, kvm_irqfd, kvm_pre_fault_memory, kvm_run};
 
 const KVMIO: u64 = 0xae;
 
@@ -21,6 +21,7 @@ const KVM_RUN: u64 = (KVMIO << 8) | 0x80;
 const KVM_GET_TSC_KHZ: u64 = (KVMIO << 8) | 0xa3;
 const KVM_IRQFD: u64 = iow(0x76, size_of::<kvm_irqfd>());
 const KVM_IOEVENTFD: u64 = iow(0x79, size_of::<kvm_ioeventfd>());
+const KVM_PRE_FAULT_MEMORY: u64 = (3 << 30) | iow(0xd5, size_of::<kvm_pre_fault_memory>());
 const KVM_SET_SIGNAL_MASK: u64 = iow(0x8b, size_of::<u32>());
 
 fn check(ret: libc::c_int) -> io::Result<()> {
@@ -53,6 +54,20 @@ pub(super) fn tsc_khz(vm: &impl AsRawFd) -> io::Result<u32> {
     let khz = unsafe { libc::ioctl(vm.as_raw_fd(), KVM_GET_TSC_KHZ as _, 0) };
     check(khz)?;
     Ok(khz.unsigned_abs())
+}
+
+/// KVM_PRE_FAULT_MEMORY (Linux 6.11): maps guest memory for the guest before it is touched.
+pub(super) fn pre_fault(vcpu: &impl AsRawFd, gpa: u64, size: u64) -> io::Result<()> {
+    let mut arg = kvm_pre_fault_memory { gpa, size, ..Default::default() };
+    while arg.size > 0 {
+        // SAFETY: `arg` is the structure this request reads and advances; it outlives the call.
+        let ret = unsafe { libc::ioctl(vcpu.as_raw_fd(), KVM_PRE_FAULT_MEMORY as _, &raw mut arg) };
+        match check(ret) {
+            Err(e) if e.kind() == io::ErrorKind::Interrupted => {}
+            other => other?,
+        }
+    }
+    Ok(())
 }
 
 /// KVM_SET_SIGNAL_MASK: the thread's signal mask while it runs guest code, bit n-1 for signal n.

@@ -255,6 +255,12 @@ impl Vcpu for KvmVcpu {
         }
     }
 
+    fn prefault(&self, at: GuestAddress, len: u64) {
+        if let Err(e) = sys::pre_fault(&self.fd, at.0, len) {
+            tracing::debug!("{len:#x} bytes at {:#x} are not mapped ahead: {e}", at.0);
+        }
+    }
+
     fn exits(&self) -> ExitCounts {
         self.counts
     }

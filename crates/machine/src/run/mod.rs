@@ -52,6 +52,8 @@ pub(crate) struct Inner<V: Vm> {
     vm: V,
     end: Arc<End>,
     off: OffWatch,
+    /// What of the kernel is mapped from a file: address and length.
+    kernel: Vec<(GuestAddress, u64)>,
     /// vCPU threads that have not ended.
     left: AtomicU32,
 }
@@ -141,6 +143,7 @@ fn connect<V: Vm>(
         vm,
         end: Arc::clone(end),
         off: OffWatch::default(),
+        kernel: ram.files,
         left: AtomicU32::new(0),
     })
 }

@@ -20,6 +20,8 @@ pub struct Ram {
     pub memory: GuestMemory,
     /// The mappings it consists of, by address.
     pub mappings: Vec<(GuestAddress, Mapping)>,
+    /// Address and length of those that come from a file. The guest will touch most of their pages.
+    pub files: Vec<(GuestAddress, u64)>,
 }
 
 /// The part of a segment that can be mapped from its file as it is.
@@ -49,12 +51,7 @@ fn without(ram: &[RamRange], holes: &[RamRange]) -> Vec<RamRange> {
     pieces
 }
 
-/// Where RAM comes from and how files get into it.
-///
-/// Measured on nested KVM with a kernel of 16 MiB, from the start of the process to the end of a guest
-/// that resets at once, in million instructions: 47 with private memory in pages of 2 MiB and the kernel
-/// copied; 76 likewise with the kernel mapped, as its pages are then of 4 KiB and each costs an exit to the
-/// host's kernel; 81 to 97 without large pages, copied or mapped.
+/// Where RAM comes from.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Plan {
     /// RAM is a file in memory that other processes can map. Most hosts give no large pages to those.
@@ -63,17 +60,19 @@ pub struct Plan {
     pub huge: bool,
     /// RAM is in huge pages that the administrator has set aside, in a memory file.
     pub reserved: bool,
-    /// Whole pages of the kernel's file are mapped copy-on-write, so that all machines share what they do
-    /// not change.
-    pub map_files: bool,
 }
 
 impl Plan {
-    /// The best for this host: with large pages the kernel is copied, without them nothing is lost by
-    /// mapping it.
+    /// The best for this host.
     pub fn choose(shared: bool, reserved: bool) -> Self {
-        let huge = reserved || huge_pages(shared);
-        Self { shared, huge, reserved, map_files: !huge }
+        Self { shared, huge: reserved || huge_pages(shared), reserved }
+    }
+
+    /// Whether whole pages of the kernel's file are mapped copy-on-write: machines share what they do not
+    /// change, and nothing is copied or cleared. Not in memory that other processes map, which has to be
+    /// whole, nor in huge pages.
+    fn maps_files(self) -> bool {
+        !self.shared && !self.reserved
     }
 }
 
@@ -85,7 +84,7 @@ impl Ram {
     pub fn new(ram: &[RamRange], boot: &BootImage, plan: Plan) -> Result<Self, Error> {
         let mut mapped = Vec::new();
         let mut mappings = Vec::new();
-        for (file, range) in boot.segments.iter().filter(|_| plan.map_files).filter_map(mappable) {
+        for (file, range) in boot.segments.iter().filter(|_| plan.maps_files()).filter_map(mappable) {
             let file = file.try_clone().map_err(load_error(range.at, range.size))?;
             let mapping = Mapping::copy_on_write(file, range.offset, range.size as usize)?;
             mappings.push((GuestAddress(range.at), mapping));
@@ -115,14 +114,15 @@ impl Ram {
         }
         let memory = assemble(&mappings)?;
         for s in &boot.segments {
-            let done = mappable(s).filter(|_| plan.map_files).map_or(0, |(_, range)| range.size);
+            let done = mappable(s).filter(|_| plan.maps_files()).map_or(0, |(_, range)| range.size);
             copy(&memory, s, done).map_err(load_error(s.at, s.len))?;
         }
         for (at, bytes) in &boot.writes {
             let written = memory.write_slice(bytes, GuestAddress(*at)).map_err(io::Error::other);
             written.map_err(load_error(*at, bytes.len() as u64))?;
         }
-        Ok(Self { memory, mappings })
+        let files = mapped.iter().map(|r| (GuestAddress(r.at), r.size)).collect();
+        Ok(Self { memory, mappings, files })
     }
 }
 
@@ -177,7 +177,7 @@ mod tests {
     use proptest::prelude::*;
     use std::io::Write;
 
-    const COPY: Plan = Plan { shared: false, huge: false, reserved: false, map_files: false };
+    const PRIVATE: Plan = Plan { shared: false, huge: false, reserved: false };
 
     fn boot(segments: Vec<Segment>) -> BootImage {
         let state = BootState::Application;
@@ -195,13 +195,13 @@ mod tests {
         let bytes: Vec<u8> = (0..3 * 4096 + 100u32).map(|n| (n / 7) as u8).collect();
         let ram = [RamRange { at: 0, size: 1 << 20, offset: 0 }];
         let cases = [
-            (file(&bytes), true, 4096, 3),
-            (file(&bytes), true, 100, 1),
-            (file(&bytes), false, 4096, 1),
-            (bytes.clone().into(), true, 4096, 1),
+            (file(&bytes), false, 4096, 3),
+            (file(&bytes), true, 4096, 1),
+            (file(&bytes), false, 100, 1),
+            (bytes.clone().into(), false, 4096, 1),
         ];
-        for (n, (data, map_files, offset, pieces)) in cases.into_iter().enumerate() {
-            let plan = Plan { shared: n % 2 == 0, huge: true, reserved: false, map_files };
+        for (data, shared, offset, pieces) in cases {
+            let plan = Plan { shared, huge: true, reserved: false };
             let len = bytes.len() as u64 - offset;
             let s = Segment { at: 0x8_0000, data: data.clone(), offset, len, room: len };
             let ram = Ram::new(&ram, &boot(vec![s]), plan).unwrap();
@@ -225,7 +225,7 @@ mod tests {
             let ram = [RamRange { at, size: 64 << 20, offset: 0 }];
             let mut boot = boot(vec![]);
             boot.writes.clear();
-            let ram = Ram::new(&ram, &boot, Plan { huge: true, ..COPY }).unwrap();
+            let ram = Ram::new(&ram, &boot, Plan { huge: true, ..PRIVATE }).unwrap();
             let excess = (ram.mappings[0].1.as_ptr() as u64).wrapping_sub(at) % (2 << 20);
             assert_eq!(excess, 0, "{at:#x}");
         }
@@ -236,7 +236,7 @@ mod tests {
         let Data::File(f, _) = file(&[1; 100]) else { panic!() };
         let s = Segment { at: 0x8_0000, data: Data::File(f, 200), offset: 0, len: 200, room: 200 };
         let ram = [RamRange { at: 0, size: 1 << 20, offset: 0 }];
-        assert!(matches!(Ram::new(&ram, &boot(vec![s]), COPY), Err(Error::Load { at: 0x8_0000, .. })));
+        assert!(matches!(Ram::new(&ram, &boot(vec![s]), PRIVATE), Err(Error::Load { at: 0x8_0000, .. })));
     }
 
     proptest! {

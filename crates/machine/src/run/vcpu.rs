@@ -42,6 +42,11 @@ pub fn body<V: Vm>(
     if go.recv().is_err() {
         return;
     }
+    if id == 0 {
+        for (at, len) in &inner.kernel {
+            vcpu.prefault(*at, *len);
+        }
+    }
     let outcome = catch_unwind(AssertUnwindSafe(|| run(inner, id, &mut vcpu)));
     inner.end.store_counts(id, vcpu.exits());
     match outcome {
