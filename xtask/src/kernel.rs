@@ -19,7 +19,7 @@ use crate::{cache_dir, packages};
 use source::Source;
 
 /// Raised when the same inputs make other outputs.
-const BUILDER_VERSION: u32 = 1;
+const BUILDER_VERSION: u32 = 2;
 
 /// Processor that a kernel is for.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]

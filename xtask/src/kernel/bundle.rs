@@ -13,19 +13,27 @@ pub const SONAME: &str = "libkrunfw.so.5";
 /// that a VMM can map it into a guest without a copy.
 pub const ALIGN: u64 = 64 << 10;
 
+/// How much of an image has to be in the library: not the zeros at its end, which are a fifth of it. They
+/// are the kernel's `.bss`, and what lies behind the image is fresh memory in every guest.
+fn used(image: &[u8]) -> u64 {
+    let last = image.iter().rposition(|b| *b != 0).map_or(0, |at| at + 1);
+    (last as u64).next_multiple_of(ALIGN)
+}
+
 /// Builds the library from `flat` at `to`, with `compiler`, in the folder `work`.
 ///
 /// # Errors
 /// A file that cannot be written, or the compiler's messages.
 pub fn build(flat: &Flat, compiler: &str, work: &Path, to: &Path) -> Result<(), String> {
-    let size = flat.image.len() as u64;
-    if !size.is_multiple_of(ALIGN) {
-        return Err(format!("the image of {size} bytes is not padded to 64 KiB"));
+    let whole = flat.image.len() as u64;
+    if !whole.is_multiple_of(ALIGN) {
+        return Err(format!("the image of {whole} bytes is not padded to 64 KiB"));
     }
+    let size = used(&flat.image);
     let write = |name: &str, bytes: &[u8]| {
         fs::write(work.join(name), bytes).map_err(|e| format!("{}: {e}", work.join(name).display()))
     };
-    write("kernel.bin", &flat.image)?;
+    write("kernel.bin", &flat.image[..size as usize])?;
     // Writable, because programs map or load it so; nothing else shares its pages.
     write(
         "image.S",
@@ -90,8 +98,9 @@ int main(void) {
     #[test]
     fn a_bundle_serves_its_image_mappable_from_the_file() {
         let dir = tempfile::tempdir().unwrap();
-        let mut image = vec![0u8; 3 * 65536];
+        let mut image = vec![0u8; 5 * 65536];
         image[0] = b'K';
+        image[2 * 65536] = 1;
         let flat = Flat { image, load: 0x100_0000, entry: 0x100_0123 };
         let library = dir.path().join("out.so");
         build(&flat, "gcc", dir.path(), &library).unwrap();
