@@ -14,7 +14,7 @@ use rustix::fs::{FallocateFlags, FlockOperation, SeekFrom, fallocate, flock, see
 use serde_json::json;
 
 use crate::cpio::Archive;
-use crate::qemu::{Birth, Ports, Qemu, STATE_VARIABLE, machine};
+use crate::qemu::{Birth, Ports, Qemu, STATE_VARIABLE, kernel_line, machine};
 use crate::qmp::Qmp;
 use crate::{Engine, Error};
 
@@ -30,6 +30,7 @@ const MAX_STATE: usize = 1 << 20;
 fn key(engine: &Engine) -> Result<String, Error> {
     let mut hasher = DefaultHasher::new();
     machine(engine).hash(&mut hasher);
+    kernel_line(0).hash(&mut hasher);
     engine.init.hash(&mut hasher);
     for file in [&engine.qemu, &engine.kernel] {
         let real = fs::canonicalize(file).map_err(Error::host(format!("reading {}", file.display())))?;
