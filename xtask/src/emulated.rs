@@ -59,4 +59,24 @@ impl Lab {
             .map_err(|e| format!("{}: {e}", self.krun.display()))?;
         Ok((out.status, String::from_utf8_lossy(&out.stdout).into_owned()))
     }
+
+    /// Runs `words` bit-exact, in a system of nothing but their program and `files` (`krun lab --exact`).
+    ///
+    /// # Errors
+    /// The command could not be started.
+    pub fn exact(
+        &self,
+        words: &[OsString],
+        files: &[String],
+    ) -> Result<(std::process::ExitStatus, String), String> {
+        let mut command = self.command();
+        command.arg("--exact");
+        for file in files {
+            command.arg("--add").arg(file);
+        }
+        let out =
+            command.arg("--").args(words).output().map_err(|e| format!("{}: {e}", self.krun.display()))?;
+        let text = [out.stdout, out.stderr].concat();
+        Ok((out.status, String::from_utf8_lossy(&text).into_owned()))
+    }
 }

@@ -60,6 +60,15 @@ pub struct Lab {
     #[arg(long)]
     pub prepare: bool,
 
+    /// Run it bit-exact: alone in a machine that counts instructions, 16 ns each, and takes all time from
+    /// that. There is nothing there but the program, with its libraries, and what --add names.
+    #[arg(long, conflicts_with_all = ["writable", "prepare"])]
+    pub exact: bool,
+
+    /// A file of this host for --exact, at the same path there or at another; of a program, its libraries too.
+    #[arg(long, value_name = "FILE[:PATH]", requires = "exact")]
+    pub add: Vec<String>,
+
     /// The command; without one, a shell.
     #[arg(last = true, value_name = "COMMAND")]
     pub command: Vec<OsString>,

@@ -8,7 +8,7 @@ use std::sync::Arc;
 use krun_lab::{Command, Engine, RawMode};
 
 use crate::args::{Lab, Run};
-use crate::{run, signals};
+use crate::{exact, run, signals};
 
 /// Where the emulated host's kernel may be given.
 const KERNEL_VARIABLE: &str = "KRUN_HOST_KERNEL";
@@ -59,6 +59,9 @@ pub fn run(args: &Run, verbose: u8) -> Result<i32, String> {
 /// Runs any command of this host there.
 pub fn lab(args: &Lab) -> Result<i32, String> {
     let engine = engine()?;
+    if args.exact {
+        return exact::run(engine, args);
+    }
     if args.prepare {
         return engine.prepare().map(|_| 0).map_err(|e| e.to_string());
     }

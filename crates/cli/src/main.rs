@@ -4,6 +4,7 @@ mod args;
 mod disks;
 mod doctor;
 mod emulated;
+mod exact;
 mod run;
 mod signals;
 

@@ -13,6 +13,7 @@ use std::os::unix::ffi::OsStrExt;
 use std::os::unix::fs::PermissionsExt;
 use std::path::{Component, Path, PathBuf};
 use std::process::Command;
+use std::time::Duration;
 
 use krun_wire::host::{COMMAND_PATH, EXIT_MARK, HostCommand, HostRoot, ROLE};
 
@@ -21,6 +22,8 @@ use crate::{Engine, Error, template};
 
 /// Nanoseconds of the machine's time that an instruction takes, as a power of two.
 const SHIFT: u32 = 4;
+/// How long a run may take. Counting makes QEMU slow, and it has been seen to stop for good.
+const PATIENCE: Duration = Duration::from_secs(60);
 /// Frequency of its time stamp counter in kHz: it counts nanoseconds.
 const COUNTER_KHZ: u32 = 1_000_000;
 
@@ -166,7 +169,10 @@ pub fn run(engine: &Engine, command: &Exact) -> Result<(i32, Vec<u8>), Error> {
         .arg("-initrd")
         .arg(inherited_path(&initrd));
     let mut qemu = Qemu::launch(qemu, vec![initrd])?;
-    qemu.wait()?;
+    if qemu.wait_within(PATIENCE)?.is_none() {
+        let what = format!("the command has not ended after {} s; another try may help", PATIENCE.as_secs());
+        return Err(qemu.failure(what));
+    }
     let mut printed = qemu.printed(u64::MAX);
     let Some((at, status)) = exit_mark(&printed) else {
         return Err(qemu.failure("the machine ended before the command"));

@@ -1,12 +1,13 @@
-//! Times programs side by side: every round runs each variant once, so that what disturbs one disturbs all.
+//! Compares programs side by side.
 //!
 //! ```text
-//! krun-bench ROUNDS LABEL [KEY=VALUE...] -- PROGRAM [ARGUMENT...] [;; LABEL ... -- PROGRAM ...]...
-//! krun-bench memory MAPPING[,MAPPING...] SECONDS PROGRAM [ARGUMENT...]
+//! krun-bench times ROUNDS VARIANTS    LABEL LEAST MEDIAN MOST, in ms; every round runs each variant once
+//! krun-bench exits VARIANTS           LABEL REASON=N...: how often vCPUs left KVM for the program
+//! krun-bench memory SECONDS VARIANTS  LABEL KIB: private memory after so long, guest RAM and kernel apart
+//! VARIANTS: LABEL [KEY=VALUE...] -- PROGRAM [ARGUMENT...] [;; VARIANTS]
 //! ```
-//! The first form prints `LABEL MIN MEDIAN MAX` in milliseconds for each variant. The second prints the private
-//! bytes of the program after some time, those of the named mappings apart.
 
+use std::collections::BTreeMap;
 use std::ffi::OsString;
 use std::os::unix::ffi::OsStrExt;
 use std::process::{Child, Command, ExitCode, Stdio};
@@ -21,13 +22,15 @@ struct Variant {
 
 fn main() -> ExitCode {
     let words: Vec<OsString> = std::env::args_os().skip(1).collect();
+    let number = |word: &OsString| word.to_str().and_then(|n| n.parse::<u32>().ok());
     let result = match words.split_first() {
-        Some((first, rest)) if first == "memory" => memory(rest),
-        Some((first, rest)) => match first.to_str().and_then(|n| n.parse().ok()) {
-            Some(rounds) => times(rounds, rest),
-            None => Err("the first word is a number of rounds, or memory".into()),
+        Some((mode, rest)) if mode == "exits" => variants(rest).and_then(exits),
+        Some((mode, [n, rest @ ..])) if mode == "times" || mode == "memory" => match number(n) {
+            Some(rounds) if mode == "times" => variants(rest).and_then(|all| times(rounds, all)),
+            Some(seconds) => variants(rest).and_then(|all| memory(seconds, all)),
+            None => Err(format!("{} is no number", n.display())),
         },
-        None => Err("nothing to time".into()),
+        _ => Err("the first word is times, exits or memory".into()),
     };
     match result {
         Ok(()) => ExitCode::SUCCESS,
@@ -36,6 +39,10 @@ fn main() -> ExitCode {
             ExitCode::FAILURE
         }
     }
+}
+
+fn variants(words: &[OsString]) -> Result<Vec<Variant>, String> {
+    words.split(|w| w == ";;").map(variant).collect()
 }
 
 fn variant(words: &[OsString]) -> Result<Variant, String> {
@@ -58,19 +65,20 @@ fn command(argv: &[OsString]) -> Result<Command, String> {
     Ok(command)
 }
 
-fn times(rounds: u32, words: &[OsString]) -> Result<(), String> {
-    let mut variants = words.split(|w| w == ";;").map(variant).collect::<Result<Vec<_>, _>>()?;
-    // The first round warms caches and is not counted.
+/// Runs it to its end.
+fn run(v: &Variant, mut command: Command) -> Result<Duration, String> {
+    let start = Instant::now();
+    let status = command.envs(v.env.clone()).status().map_err(|e| format!("{}: {e}", v.label))?;
+    let took = start.elapsed();
+    if status.success() { Ok(took) } else { Err(format!("{} ended with {status}", v.label)) }
+}
+
+fn times(rounds: u32, mut variants: Vec<Variant>) -> Result<(), String> {
+    // The first round warms caches and is not counted, unless it is the only one.
     for round in 0..=rounds {
         for v in &mut variants {
-            let start = Instant::now();
-            let status =
-                command(&v.argv)?.envs(v.env.clone()).status().map_err(|e| format!("{}: {e}", v.label))?;
-            let took = start.elapsed();
-            if !status.success() {
-                return Err(format!("{} ended with {status}", v.label));
-            }
-            if round > 0 {
+            let took = run(v, command(&v.argv)?)?;
+            if round > 0 || rounds == 0 {
                 v.times.push(took);
             }
         }
@@ -79,7 +87,38 @@ fn times(rounds: u32, words: &[OsString]) -> Result<(), String> {
         v.times.sort();
         let ms = |t: Option<&Duration>| t.map_or(0.0, |t| t.as_secs_f64() * 1e3);
         let middle = v.times.get(v.times.len() / 2);
-        println!("{}\t{:.1}\t{:.1}\t{:.1}", v.label, ms(v.times.first()), ms(middle), ms(v.times.last()));
+        println!("{}\t{:.4}\t{:.4}\t{:.4}", v.label, ms(v.times.first()), ms(middle), ms(v.times.last()));
+    }
+    Ok(())
+}
+
+/// Exits to user space, as strace sees them.
+fn exits(variants: Vec<Variant>) -> Result<(), String> {
+    let log = std::env::temp_dir().join(format!("krun-bench.{}", std::process::id()));
+    for v in &variants {
+        let mut words: Vec<OsString> =
+            ["strace", "-f", "-qq", "-e", "trace=ioctl", "-e", "kvm=vcpu", "-o"].map(Into::into).into();
+        words.push(log.clone().into());
+        words.extend(v.env.iter().flat_map(|(key, value)| {
+            let pair = [key.as_bytes(), b"=", value.as_bytes()].concat();
+            ["-E".into(), std::os::unix::ffi::OsStringExt::from_vec(pair)]
+        }));
+        words.extend(v.argv.iter().cloned());
+        // Not in the environment of strace itself, which has libraries of its own.
+        let bare = Variant { label: v.label.clone(), env: Vec::new(), argv: Vec::new(), times: Vec::new() };
+        let ended = run(&bare, command(&words)?);
+        let text = std::fs::read(&log).map_err(|e| format!("{}: {e}", log.display()))?;
+        let _ = std::fs::remove_file(&log);
+        ended?;
+        let mut reasons = BTreeMap::<&str, u32>::new();
+        let text = String::from_utf8_lossy(&text);
+        for (_, rest) in text.lines().filter_map(|line| line.split_once("(KVM_EXIT_")) {
+            *reasons.entry(rest.trim_end_matches(')')).or_default() += 1;
+        }
+        let total: u32 = reasons.values().sum();
+        let list: Vec<_> =
+            reasons.iter().map(|(reason, n)| format!("{} {n}", reason.to_lowercase())).collect();
+        println!("{}\t{total}\t{}", v.label, list.join(", "));
     }
     Ok(())
 }
@@ -94,27 +133,51 @@ impl Drop for Ended {
     }
 }
 
-fn memory(words: &[OsString]) -> Result<(), String> {
-    let [apart, seconds, argv @ ..] = words else {
-        return Err("memory wants mappings, seconds, a program".into());
-    };
-    let apart: Vec<&str> = apart.to_str().unwrap_or_default().split(',').collect();
-    let seconds: f64 = seconds.to_str().and_then(|s| s.parse().ok()).ok_or("seconds are a number")?;
-    let child = Ended(command(argv)?.spawn().map_err(|e| e.to_string())?);
-    std::thread::sleep(Duration::from_secs_f64(seconds));
-    let path = format!("/proc/{}/smaps", child.0.id());
-    let text = std::fs::read_to_string(&path).map_err(|e| format!("{path}: {e}"))?;
-    let (mut own, mut named, mut is_named) = (0u64, 0u64, false);
-    for line in text.lines() {
-        if line.contains('-') && !line.contains(" kB") {
-            is_named = apart.iter().any(|name| line.contains(name));
-        } else if let Some(rest) =
-            line.strip_prefix("Private_Clean:").or_else(|| line.strip_prefix("Private_Dirty:"))
-        {
-            let kib: u64 = rest.trim().trim_end_matches(" kB").parse().map_err(|e| format!("{line}: {e}"))?;
-            *(if is_named { &mut named } else { &mut own }) += kib;
+/// Mappings from this size on are guest RAM.
+const RAM_KIB: u64 = 8 << 10;
+
+fn memory(seconds: u32, variants: Vec<Variant>) -> Result<(), String> {
+    for v in &variants {
+        let fail = |e: std::io::Error| format!("{}: {e}", v.label);
+        let child = Ended(command(&v.argv)?.envs(v.env.clone()).spawn().map_err(fail)?);
+        std::thread::sleep(Duration::from_secs(seconds.into()));
+        let text = std::fs::read_to_string(format!("/proc/{}/smaps", child.0.id())).map_err(fail)?;
+        println!("{}\t{}", v.label, private_kib(&text)?);
+    }
+    Ok(())
+}
+
+/// Sum of the private pages of all mappings but guest RAM and the kernel library, which is guest memory too.
+fn private_kib(smaps: &str) -> Result<u64, String> {
+    let (mut sum, mut guest) = (0, false);
+    for line in smaps.lines() {
+        let Some((key, rest)) = line.split_once(':').filter(|_| line.ends_with(" kB")) else {
+            if line.contains('-') && !line.starts_with("VmFlags") {
+                guest = line.contains("libkrunfw");
+            }
+            continue;
+        };
+        let kib: u64 = rest.trim().trim_end_matches(" kB").parse().map_err(|e| format!("{line}: {e}"))?;
+        match key {
+            "Size" => guest |= kib >= RAM_KIB,
+            "Private_Clean" | "Private_Dirty" if !guest => sum += kib,
+            _ => {}
         }
     }
-    println!("private {own} KiB, guest {named} KiB");
-    Ok(())
+    Ok(sum)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn guest_memory_is_not_counted() {
+        let smaps = "55a0-55b0 r-xp 0 08:01 7 /usr/bin/vmm\nSize: 64 kB\nPrivate_Clean: 8 kB\nPrivate_Dirty: 4 kB\nVmFlags: rd-ex\n\
+            7f00-7f90 rw-p 0 00:00 0\nSize: 524288 kB\nPrivate_Dirty: 9000 kB\n\
+            7fa0-7fb0 rw-p 0 08:01 9 /lib/libkrunfw.so.5\nSize: 100 kB\nPrivate_Dirty: 50 kB\n\
+            7fc0-7fd0 rw-p 0 00:00 0 [heap]\nSize: 132 kB\nPrivate_Dirty: 20 kB\n";
+        assert_eq!(private_kib(smaps), Ok(32));
+        assert!(private_kib("Size: x kB").is_err());
+    }
 }
