@@ -8,6 +8,8 @@ mod config;
 mod device;
 mod engine;
 mod format;
+#[cfg(any(test, feature = "mock"))]
+mod fuzz;
 mod image;
 mod pool;
 mod raw;
@@ -18,4 +20,7 @@ mod sys;
 mod tests;
 
 pub use device::{Block, BlockHandle};
+#[cfg(any(test, feature = "mock"))]
+#[doc(hidden)]
+pub use fuzz::fuzz_one;
 pub use spec::{BlockError, BlockSpec, DiskFormat, SyncMode};
