@@ -260,7 +260,8 @@ fn consoles(config: &mut VmConfig, mut control: Option<UnixStream>) -> Result<Co
         if let Some(stream) = control.take() {
             let port = PortSpec::duplex(wire::CONTROL_PORT, stream.into())
                 .map_err(|source| Error::Host { what: "duplicate the control socket", source })?;
-            ports.list.push(port);
+            // Read here, and what init said at the end only after the end.
+            ports.list.push(PortSpec { waited_for: false, ..port });
         }
         // The first device that has standard streams serves the workload.
         if !matches!(ports.stdio, wire::Stdio::Console) {

@@ -166,13 +166,16 @@ impl Vm {
         }
     }
 
-    /// Puts the host's terminals in raw mode again, and tells the guest their size, after this process was
-    /// stopped and goes on (`SIGCONT`): the shell has used them in between.
+    /// Puts the host's terminals in raw mode again, reads from them, and tells the guest their size, after this
+    /// process was stopped and goes on (`SIGCONT`): the shell has used them in between.
     ///
     /// # Errors
     /// [`Error::Terminal`].
     pub fn resume_terminals(&self) -> Result<(), Error> {
         let terminals = self.terminals.lock().unwrap_or_else(PoisonError::into_inner);
+        for console in &self.consoles {
+            console.refresh();
+        }
         for terminal in terminals.iter() {
             terminal.resume().map_err(|source| Error::Terminal { source })?;
             if let Some(size) = tty::size(terminal.fd()) {

@@ -53,6 +53,8 @@ pub struct Console {
     told: u32,
     /// Made when first needed.
     timer: Option<Timer>,
+    /// The timer is set and has not been heard of.
+    timing: bool,
     shared: Arc<Shared>,
 }
 
@@ -184,6 +186,7 @@ impl Console {
             more_control,
             told,
             timer: None,
+            timing: false,
             shared,
         })
     }
@@ -230,9 +233,10 @@ impl Console {
         Ok(())
     }
 
-    /// Sets the timer if a terminal is in the background.
+    /// Sets the timer if a terminal is in the background, unless it is set: a console that is busy otherwise
+    /// must not put it off.
     fn wait_for_foreground(&mut self, cx: &Cx<'_>) -> Result<(), DeviceError> {
-        if !self.ports.iter().any(Port::is_parked) {
+        if self.timing || !self.ports.iter().any(Port::is_parked) {
             return Ok(());
         }
         let fail = |source| DeviceError::Host { what: "setting the console's timer".into(), source };
@@ -244,7 +248,9 @@ impl Console {
                 self.timer.insert(timer)
             }
         };
-        timer.set(RETRY_AFTER).map_err(fail)
+        timer.set(RETRY_AFTER).map_err(fail)?;
+        self.timing = true;
+        Ok(())
     }
 
     fn output(&mut self, id: usize, cx: &mut Cx<'_>) -> Result<(), DeviceError> {
@@ -422,6 +428,7 @@ impl VirtioDevice for Console {
                 if let Some(timer) = &self.timer {
                     timer.take();
                 }
+                self.timing = false;
                 self.retry(cx)?;
             }
             token => {
@@ -461,7 +468,7 @@ impl VirtioDevice for Console {
         self.control = Control::new(self.facts.iter().cloned(), |_| None);
         (self.more, self.more_control) = (0, false);
         // It is watched for the driver that is gone.
-        self.timer = None;
+        (self.timer, self.timing) = (None, false);
     }
 }
 

@@ -151,6 +151,24 @@ fn drain_can_be_given_up() {
 }
 
 #[test]
+fn drain_does_not_wait_for_a_port_that_is_read_after_the_end() {
+    let (out, mut r) = output("out");
+    let (mut control, held) = output("control");
+    control.waited_for = false;
+    let mut g = Guest::new(vec![control, out]);
+    g.boot();
+    for _ in 0..4 {
+        g.send(0, &[1; 30_000]);
+    }
+    g.h.add(queues(1).1, &[b"last words"], &[]);
+    g.h.drain().unwrap();
+    let mut said = [0; 10];
+    r.read_exact(&mut said).unwrap();
+    assert_eq!(&said, b"last words");
+    assert!(available(&held) > 30_000, "what fits has arrived");
+}
+
+#[test]
 fn sixty_four_mebibytes_arrive_identical_both_ways() {
     const TOTAL: usize = 64 << 20;
     let (host_in, guest_in) = pipe().unwrap();

@@ -53,6 +53,8 @@ pub struct Port {
     console: bool,
     input: Option<Stream>,
     output: Option<Stream>,
+    /// The end of the VM waits for the output.
+    waited_for: bool,
     /// Open in the guest: a closed port throws away what it gets.
     open: bool,
     rx: Rx,
@@ -92,6 +94,7 @@ impl Port {
             console,
             input: spec.input.map(|fd| Stream::new(fd, Direction::Input)),
             output: spec.output.map(|fd| Stream::new(fd, Direction::Output)),
+            waited_for: spec.waited_for,
             open: false,
             rx: Rx::default(),
             tx: Tx::default(),
@@ -330,9 +333,9 @@ impl Port {
         gone || !self.console
     }
 
-    /// The output that a chain waits for.
+    /// The output that a chain waits for, and the end of the VM with it.
     pub fn blocked_output(&self) -> Option<&Stream> {
-        self.output.as_ref().filter(|_| self.tx.partial.is_some())
+        self.output.as_ref().filter(|_| self.waited_for && self.tx.partial.is_some())
     }
 
     fn watch_input(&mut self, cx: &Cx<'_>, on: bool) -> Result<(), DeviceError> {

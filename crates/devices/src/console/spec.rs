@@ -49,17 +49,21 @@ pub struct PortSpec {
     /// When nobody takes it any more (a closed pipe, a terminal that hung up) the port is removed from
     /// the guest: writers get `ENODEV`, and a console's session is hung up.
     pub output: Option<OwnedFd>,
+    /// The end of the VM waits until all output has been taken. Not to be set where the one who takes it
+    /// is this process, and looks only after the end: a guest that fills the port would keep the VM for ever.
+    pub waited_for: bool,
 }
 
 impl PortSpec {
     /// A terminal.
     pub fn console(input: Option<OwnedFd>, output: Option<OwnedFd>, size: Option<TerminalSize>) -> Self {
-        Self { name: String::new(), kind: PortKind::Console { size }, input, output }
+        let kind = PortKind::Console { size };
+        Self { name: String::new(), kind, input, output, waited_for: true }
     }
 
     /// A named byte stream.
     pub fn stream(name: impl Into<String>, input: Option<OwnedFd>, output: Option<OwnedFd>) -> Self {
-        Self { name: name.into(), kind: PortKind::Stream, input, output }
+        Self { name: name.into(), kind: PortKind::Stream, input, output, waited_for: true }
     }
 
     /// A named byte stream over a socket, in both directions.
