@@ -2,6 +2,7 @@
 
 use std::os::fd::AsFd;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 
 use krun_event::{Interest, Poll, Ready};
 use krun_memory::GuestMemory;
@@ -118,6 +119,8 @@ pub struct Cx<'a> {
     pub(crate) features: u64,
     pub(crate) queues: &'a mut [Queue],
     pub(crate) left: &'a mut [u16],
+    /// Somebody waits for the device's end.
+    pub(crate) stop: &'a AtomicBool,
     pub(crate) poll: &'a Poll,
     pub(crate) interrupt: &'a Interrupt,
 }
@@ -144,13 +147,14 @@ impl<'a> Cx<'a> {
     /// Takes the next chain that the driver made available; `None` when there is none, or the driver
     /// left the queue disabled. Also when the callback has taken as many as the queue holds: the worker
     /// then goes on in another callback, so that a driver that adds without end does not keep it from
-    /// its other work, a reset for one.
+    /// its other work. And when the device is to stop (a reset, the end of the VM), but for
+    /// [`VirtioDevice::drain`]: whoever waits for that waits for one chain, not for a queue of them.
     ///
     /// # Errors
     /// [`DeviceError::Queue`] when the driver broke a rule; the device gives up with it.
     pub fn pop(&mut self, queue: usize) -> Result<Option<Chain>, DeviceError> {
         let q = &mut self.queues[queue];
-        if q.is_enabled() && self.left[queue] == 0 {
+        if q.is_enabled() && (self.left[queue] == 0 || self.stop.load(Ordering::Acquire)) {
             q.defer();
             return Ok(None);
         }

@@ -13,7 +13,7 @@ use krun_memory::{GuestAddress, GuestMemory};
 use crate::device::{ConfigSpace, DeviceError, DeviceInfo, Interrupt, VirtioDevice};
 use crate::feature;
 use crate::queue::{Queue, QueueAddresses};
-use crate::worker::{self, Engine};
+use crate::worker::{self, Engine, Wish};
 
 /// Offsets of the registers (section 4.2.2).
 pub mod reg {
@@ -137,7 +137,7 @@ enum State {
     Idle(Box<dyn VirtioDevice>),
     Running {
         worker: Worker<Option<Ended>>,
-        drain: Arc<AtomicBool>,
+        wish: Arc<Wish>,
     },
     /// Shut down, or lost in a panic.
     Gone,
@@ -424,14 +424,14 @@ impl MmioTransport {
         };
         // The device is handed over once the thread exists: should none be had, it is still in here.
         let (hand_over, engine) = mpsc::channel();
-        let drain = Arc::new(AtomicBool::new(false));
-        match self.spawn(engine, Arc::clone(&drain)) {
+        let wish = Arc::<Wish>::default();
+        match self.spawn(engine, Arc::clone(&wish)) {
             Ok(worker) => {
                 let shared = Arc::clone(&self.shared);
                 let interrupt = Interrupt::new(move |bits| shared.raise(bits));
                 let memory = self.memory.clone();
                 let _ = hand_over.send(Engine::new(device, memory, features, queues, poll, interrupt));
-                inner.state = State::Running { worker, drain };
+                inner.state = State::Running { worker, wish };
                 Ok(())
             }
             Err(e) => {
@@ -444,7 +444,7 @@ impl MmioTransport {
     fn spawn(
         &self,
         engine: mpsc::Receiver<Engine>,
-        drain: Arc<AtomicBool>,
+        wish: Arc<Wish>,
     ) -> std::io::Result<Worker<Option<Ended>>> {
         let doorbells = self.doorbells.clone();
         let (shared, supervisor) = (Arc::clone(&self.shared), Arc::clone(&self.shared));
@@ -452,7 +452,7 @@ impl MmioTransport {
         let on_panic = move |failure: Failure| (supervisor.fail)(failure.to_string());
         Worker::spawn(&self.info.name, on_panic, move |stop| {
             let engine = engine.recv().ok()?;
-            Some(worker::run(engine, &doorbells, &drain, stop, |e| {
+            Some(worker::run(engine, &doorbells, &wish, stop, |e| {
                 tracing::warn!(device = name, "stopped until the driver resets it: {e}");
                 shared.broken();
             }))
@@ -463,10 +463,10 @@ impl MmioTransport {
     fn reset(&self, inner: &mut Inner) {
         inner.state = match std::mem::replace(&mut inner.state, State::Gone) {
             // A device that panicked is lost, and the machine was told.
-            State::Running { worker, drain } => {
+            State::Running { worker, wish } => {
                 // A kernel that goes down resets its devices first (Linux does since 6.12): what it
                 // left with them must still arrive.
-                drain.store(true, Ordering::Release);
+                wish.end(true);
                 worker.stop().flatten().map_or(State::Gone, |(device, _)| State::Idle(device))
             }
             other => other,
@@ -487,9 +487,16 @@ impl MmioTransport {
     /// What could not be drained, or what had stopped the device before.
     pub fn shutdown(&self, drain: bool) -> Result<(), DeviceError> {
         let state = std::mem::replace(&mut self.lock().state, State::Gone);
-        let State::Running { worker, drain: wish } = state else { return Ok(()) };
-        wish.store(drain, Ordering::Release);
+        let State::Running { worker, wish } = state else { return Ok(()) };
+        wish.end(drain);
         worker.stop().flatten().map_or(Ok(()), |(_, outcome)| outcome)
+    }
+}
+
+impl Drop for MmioTransport {
+    fn drop(&mut self) {
+        // There is nobody left to tell how the device ended.
+        let _ = self.shutdown(false);
     }
 }
 

@@ -1,5 +1,6 @@
 //! Runs a device: the callbacks' order, the driver's notifications and the interrupts around them.
 
+use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
@@ -23,6 +24,7 @@ pub(crate) struct Engine {
     due: Vec<bool>,
     /// Chains that the current callback may still take from each queue.
     left: Vec<u16>,
+    stop: Arc<AtomicBool>,
     poll: Poll,
     interrupt: Interrupt,
 }
@@ -37,7 +39,8 @@ impl Engine {
         interrupt: Interrupt,
     ) -> Self {
         let (due, left) = (vec![false; queues.len()], vec![0; queues.len()]);
-        Self { device, memory, features, queues, due, left, poll, interrupt }
+        let stop = Arc::default();
+        Self { device, memory, features, queues, due, left, stop, poll, interrupt }
     }
 
     /// Gives the device back.
@@ -55,11 +58,11 @@ impl Engine {
         &mut self,
         f: impl FnOnce(&mut dyn VirtioDevice, &mut Cx<'_>) -> Result<(), DeviceError>,
     ) -> Result<(), DeviceError> {
-        let Self { device, memory, features, queues, left, poll, interrupt, .. } = self;
+        let Self { device, memory, features, queues, left, stop, poll, interrupt, .. } = self;
         for (left, queue) in left.iter_mut().zip(queues.iter()) {
             *left = queue.size();
         }
-        let mut cx = Cx { memory, features: *features, queues, left, poll, interrupt };
+        let mut cx = Cx { memory, features: *features, queues, left, stop, poll, interrupt };
         f(device.as_mut(), &mut cx)?;
         self.settle()
     }
@@ -125,8 +128,10 @@ impl Engine {
         self.call(|device, cx| device.on_event(ready, cx))
     }
 
-    /// The guest has ended in good order.
+    /// The guest has ended in good order, or resets the device. Chains are taken again, as many as the queues
+    /// hold.
     pub(crate) fn drain(&mut self) -> Result<(), DeviceError> {
+        self.stop = Arc::default();
         self.call(|device, cx| device.drain(cx))
     }
 
@@ -151,18 +156,34 @@ const STOP: u64 = Cx::TOKEN_LIMIT;
 /// Doorbell of the first queue; the others follow.
 const DOORBELL: u64 = STOP + 1;
 
+/// How a worker is to end.
+#[derive(Debug, Default)]
+pub(crate) struct Wish {
+    drain: AtomicBool,
+    stop: Arc<AtomicBool>,
+}
+
+impl Wish {
+    /// The end is wanted, with a drain or without. The worker's `stop` is to be set next.
+    pub(crate) fn end(&self, drain: bool) {
+        self.drain.store(drain, Ordering::Release);
+        self.stop.store(true, Ordering::Release);
+    }
+}
+
 /// The worker's body: runs the device until `stop` is set, or it fails, which is told to `on_error` at
-/// once. Either way the device is stopped and given back. The outcome is that of the drain, if `drain`
-/// was set before `stop`.
+/// once. Either way the device is stopped and given back. The outcome is that of the drain, if `wish`
+/// says that one is wanted.
 pub(crate) fn run(
     mut engine: Engine,
     doorbells: &[Wake],
-    drain: &AtomicBool,
+    wish: &Wish,
     stop: &Wake,
     on_error: impl FnOnce(&DeviceError),
 ) -> (Box<dyn VirtioDevice>, Result<(), DeviceError>) {
+    engine.stop = Arc::clone(&wish.stop);
     let outcome = match until_stopped(&mut engine, doorbells, stop) {
-        Ok(()) if drain.load(Ordering::Acquire) => engine.drain(),
+        Ok(()) if wish.drain.load(Ordering::Acquire) => engine.drain(),
         Ok(()) => Ok(()),
         Err(e) => {
             on_error(&e);

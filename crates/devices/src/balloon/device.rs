@@ -33,8 +33,9 @@ enum Role {
 const QUEUE_SIZE: u16 = 128;
 /// Statistics: one buffer goes back and forth.
 const STATS_QUEUE_SIZE: u16 = 8;
-/// Most page numbers in one request. Linux sends 256; a request is worked off in one go, so that it is bounded.
-const MAX_PAGES: u32 = 1 << 16;
+/// Most page numbers in one request, each of which may cost a call to the host. Drivers send 256 to 1024; whoever
+/// waits for the device waits for one request.
+pub(super) const MAX_PAGES: u32 = 1 << 12;
 
 const WAKE: u64 = 0;
 

@@ -14,6 +14,8 @@ use super::{DataCache, ExitSink};
 
 /// Largest WRITE and READ in pages of 4 KiB.
 const MAX_PAGES: u16 = 256;
+/// The same in bytes. A guest may have room for more, but whoever waits for the device waits for one request.
+const DATA_MAX: usize = MAX_PAGES as usize * 4096;
 /// Largest READDIR reply.
 const READDIR_MAX: usize = 1 << 20;
 /// IOCTL that reports the guest's exit status.
@@ -183,7 +185,7 @@ impl Server {
             let Request::Read { fh, offset, size } = request else { return Err(Errno::INVAL) };
             me.check_ready()?;
             let mut data = sink.split_at(OUT_HEADER);
-            let size = (size as usize).min(data.remaining());
+            let size = (size as usize).min(data.remaining()).min(DATA_MAX);
             let n = me.share.read(head.nodeid, fh, offset, size, &mut data)?;
             let len = (OUT_HEADER + n) as u32;
             if !sink.put(&out_header(len, 0, head.unique)) {
@@ -315,8 +317,9 @@ impl Server {
             }
             Request::TmpFile { flags, mode } => put_created(out, share.tmpfile(node, flags, mode, who)?),
             Request::Write { fh, offset, size, .. } => {
-                let data = source.take(size as usize);
-                let n = share.write(fh, offset, &data, size as usize)?;
+                let size = (size as usize).min(DATA_MAX);
+                let data = source.take(size);
+                let n = share.write(fh, offset, &data, size)?;
                 out.u32(n as u32);
                 out.u32(0);
             }
@@ -394,7 +397,7 @@ impl Server {
         // Requests in the background, and where the guest begins to slow its writers down.
         out.u16(64);
         out.u16(48);
-        out.u32(u32::from(MAX_PAGES) * 4096);
+        out.u32(DATA_MAX as u32);
         // Time stamps to the nanosecond.
         out.u32(1);
         out.u16(MAX_PAGES);

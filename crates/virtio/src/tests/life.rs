@@ -2,7 +2,7 @@
 
 use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
 use std::sync::{Arc, Mutex, mpsc};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use crate::device::{ConfigSpace, Cx, DeviceError, DeviceInfo, VirtioDevice};
 use crate::mmio::reg;
@@ -135,4 +135,33 @@ fn a_driver_that_never_stops_adding_does_not_delay_a_reset() {
     stop.store(true, Ordering::Relaxed);
     reset.join().unwrap();
     assert!(result.is_ok(), "the reset waited for the driver to stop");
+}
+
+#[test]
+fn a_device_in_a_long_callback_gets_no_more_chains_once_it_is_to_stop() {
+    for end in
+        [|d: &MmioDriver| d.set(reg::STATUS, 0), |d: &MmioDriver| d.transport().shutdown(false).unwrap()]
+    {
+        let (entered, has_entered) = mpsc::channel();
+        let (left, has_left) = mpsc::channel();
+        let mut d = MmioDriver::new(Act(move |cx: &mut Cx<'_>| {
+            entered.send(()).unwrap();
+            let start = Instant::now();
+            while start.elapsed() < Duration::from_secs(10) {
+                let Some(chain) = cx.pop(0)? else {
+                    left.send(()).unwrap();
+                    return Ok(());
+                };
+                cx.unpop(0, chain);
+                std::thread::sleep(Duration::from_millis(1));
+            }
+            Ok(())
+        }));
+        d.start(u64::MAX);
+        d.add(0, &[b"x"], &[]);
+        d.kick(0);
+        has_entered.recv_timeout(Duration::from_secs(10)).unwrap();
+        end(&d);
+        assert!(has_left.try_recv().is_ok(), "it went on taking chains");
+    }
 }

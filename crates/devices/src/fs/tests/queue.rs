@@ -79,6 +79,24 @@ fn a_megabyte_goes_both_ways_in_pages() {
     assert_eq!((back.written, u32_at(&back.data, 0)), (21, 21));
 }
 
+/// Whoever stops the device waits for one request, so the guest does not choose how long one takes.
+#[test]
+fn no_request_moves_more_than_was_agreed() {
+    const MOST: usize = 1 << 20;
+    let (dir, _, mut h) = device();
+    let data = vec![7u8; MOST + 4096];
+    let create = [words(&[2, 0o600, 0, 0]), b"big\0".to_vec()].concat();
+    let fh = u64_at(&send(&mut h, op::CREATE, 1, &create, &[128, 16]).data, 16 + 128);
+    let write = [longs(&[fh, 0]), words(&[data.len() as u32, 0, 0, 0, 0, 0])].concat();
+    let request = head(op::WRITE, 0, write.len() + data.len());
+    let done = h.request(REQUESTS, &[&request, &write, &data], &[16, 8]).unwrap();
+    assert_eq!((u32_at(&done.data, 4), u32_at(&done.data, 16) as usize), (0, MOST));
+    fs::write(dir.path().join("big"), &data).unwrap();
+    let read = [longs(&[fh, 0]), words(&[u32::MAX, 0, 0, 0, 0, 0])].concat();
+    let back = send(&mut h, op::READ, 0, &read, &[data.len() as u32]);
+    assert_eq!(back.written as usize, 16 + MOST);
+}
+
 #[test]
 fn forgets_come_on_their_own_queue() {
     let (dir, _, mut h) = device();
