@@ -141,6 +141,7 @@ fn share_device(
     share: Share,
     own: Vec<fs::Overlay>,
     exit: &Arc<ExitCode>,
+    quota: &fs::Quota,
 ) -> Result<Box<dyn VirtioDevice>, Error> {
     let is_root = share.tag == ROOT_TAG;
     let spec = FsSpec {
@@ -150,6 +151,7 @@ fn share_device(
         overlays: own.into_iter().chain(share.overlays.into_iter().map(fs_overlay)).collect(),
         exit_code: is_root.then(|| Arc::clone(exit)),
         shm_size: share.shm_size,
+        quota: quota.clone(),
         ..FsSpec::default()
     };
     Ok(Box::new(fs::Fs::new(spec)?))
@@ -207,8 +209,9 @@ pub fn assemble(mut config: VmConfig) -> Result<Parts, Error> {
         Some(at) => shares[..=at].rotate_right(1),
         None => shares.insert(0, Share { source: None, ..Share::root("") }),
     }
+    let quota = fs::Quota::for_memory(u64::from(config.memory_mib) << 20);
     for share in shares {
-        devices.push(share_device(share, std::mem::take(&mut own), &exit_code)?);
+        devices.push(share_device(share, std::mem::take(&mut own), &exit_code, &quota)?);
     }
     let (disk_devices, disks) = disk::devices(&mut config)?;
     devices.extend(disk_devices);

@@ -7,10 +7,11 @@ use std::sync::Arc;
 use rustix::io::Errno;
 
 use super::inodes::IdMap;
+use super::limits::Quota;
 use super::overlay::FileData;
 
-/// Most handles at once. Those on the host are bounded by its descriptors long before.
-const MAX_HANDLES: usize = 1 << 20;
+/// What a directory takes of the quota: it keeps a piece of its listing.
+const DIR_COST: usize = 8;
 
 /// An open directory.
 #[derive(Debug)]
@@ -50,22 +51,36 @@ pub enum Handle {
     },
 }
 
+impl Handle {
+    /// What it takes of the quota.
+    fn cost(&self) -> usize {
+        match self {
+            Self::Dir(_) => DIR_COST,
+            Self::File { .. } | Self::Bytes { .. } => 1,
+        }
+    }
+}
+
 /// All open handles.
-#[derive(Debug, Default)]
+#[derive(Debug)]
 pub struct Handles {
     open: IdMap<Handle>,
     last: u64,
+    quota: Quota,
 }
 
 impl Handles {
+    /// None, of so many that there may be.
+    pub fn new(quota: Quota) -> Self {
+        Self { open: IdMap::default(), last: 0, quota }
+    }
+
     /// Adds a handle and returns its number, which is never used again.
     ///
     /// # Errors
     /// ENFILE: too many.
     pub fn add(&mut self, handle: Handle) -> Result<u64, Errno> {
-        if self.open.len() >= MAX_HANDLES {
-            return Err(Errno::NFILE);
-        }
+        self.quota.take(handle.cost())?;
         self.last += 1;
         self.open.insert(self.last, handle);
         Ok(self.last)
@@ -125,7 +140,9 @@ impl Handles {
 
     /// Closes a handle.
     pub fn remove(&mut self, fh: u64) -> Option<Handle> {
-        self.open.remove(&fh)
+        let handle = self.open.remove(&fh)?;
+        self.quota.give(handle.cost());
+        Some(handle)
     }
 
     /// Number of open handles.
@@ -136,6 +153,7 @@ impl Handles {
 
     /// Closes all.
     pub fn clear(&mut self) {
+        self.quota.give(self.open.values().map(Handle::cost).sum());
         self.open.clear();
     }
 }

@@ -14,11 +14,8 @@ use std::sync::Arc;
 use rustix::io::Errno;
 
 use super::abi::{ROOT, Time};
+use super::limits::Limits;
 use super::sys::FileHandle;
-
-/// Most nodes known at once; a guest's own inode costs it more memory than ours costs us, so only a
-/// guest that never forgets gets here.
-const MAX_NODES: usize = 4 << 20;
 
 /// Hashes the ids given out here, which count up and need no protection.
 #[derive(Debug, Default, Clone, Copy)]
@@ -131,21 +128,21 @@ pub struct Inodes {
     /// Nodes that hold a descriptor, and some that no longer do, in the order the clock hand passes.
     ring: VecDeque<u64>,
     held: usize,
-    cap: usize,
+    limits: Limits,
     /// A real descriptor on the root's mount, where file handles can be used.
     by_handle: Option<(u64, Arc<OwnedFd>)>,
 }
 
 impl Inodes {
-    /// A table with only the root, which keeps at most `cap` descriptors of other nodes.
-    pub fn new(root: What, cap: usize) -> Self {
+    /// A table with only the root, which the limits do not count.
+    pub fn new(root: What, limits: Limits) -> Self {
         let mut table = Self {
             nodes: IdMap::default(),
             by_key: HashMap::new(),
             next: ROOT + 1,
             ring: VecDeque::new(),
             held: 0,
-            cap: cap.max(1),
+            limits: Limits { cached: limits.cached.max(1), ..limits },
             by_handle: None,
         };
         if let What::Host(h) = &root {
@@ -165,6 +162,11 @@ impl Inodes {
     /// Allows file handles on mount `mnt`; `fd` is a real descriptor on it.
     pub fn use_handles(&mut self, mnt: u64, fd: Arc<OwnedFd>) {
         self.by_handle = Some((mnt, fd));
+    }
+
+    /// What the share may take.
+    pub fn limits(&self) -> &Limits {
+        &self.limits
     }
 
     /// Number of nodes, the root included.
@@ -243,9 +245,7 @@ impl Inodes {
     }
 
     fn insert(&mut self, what: What, parent: u64, name: &CStr) -> Result<u64, Errno> {
-        if self.nodes.len() >= MAX_NODES {
-            return Err(Errno::NFILE);
-        }
+        self.limits.quota.take(1)?;
         let id = self.next;
         self.next += 1;
         self.nodes.insert(id, Node::new(what, parent, name));
@@ -335,6 +335,7 @@ impl Inodes {
                 }
                 self.held -= usize::from(host.fd.is_some());
             }
+            self.limits.quota.give(1);
             at = parent;
             match self.nodes.get_mut(&at) {
                 Some(p) => p.children = p.children.saturating_sub(1),
@@ -364,7 +365,11 @@ impl Inodes {
 
     /// Keeps `fd` as the descriptor of `id`, and makes room for it.
     pub fn cache(&mut self, id: u64, fd: &Arc<OwnedFd>) {
-        while self.held >= self.cap {
+        // One that must not be kept serves once.
+        if !self.limits.allow_spare(fd) {
+            return;
+        }
+        while self.held >= self.limits.cached {
             if !self.evict() {
                 return;
             }
@@ -424,6 +429,7 @@ impl Inodes {
     /// Forgets all but the root.
     pub fn clear(&mut self) {
         let root = self.nodes.remove(&ROOT);
+        self.limits.quota.give(self.nodes.len());
         self.nodes.clear();
         self.by_key.clear();
         self.ring.clear();
@@ -447,6 +453,7 @@ fn host_node(id: Identity) -> HostNode {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::fs::limits::Quota;
 
     fn ident(ino: u64, born: i64) -> Identity {
         Identity {
@@ -461,7 +468,8 @@ mod tests {
     }
 
     fn table(cap: usize) -> Inodes {
-        Inodes::new(Inodes::root_of(ident(2, 0), fd()), cap)
+        let limits = Limits { cached: cap, ..Limits::new(Quota::new(10)) };
+        Inodes::new(Inodes::root_of(ident(2, 0), fd()), limits)
     }
 
     #[test]
@@ -487,6 +495,21 @@ mod tests {
         assert!(t.get(d).is_ok());
         t.forget(f, 1);
         assert_eq!(t.len(), 1);
+    }
+
+    #[test]
+    fn there_are_no_more_nodes_than_the_quota_allows() {
+        let mut t = table(4);
+        let ids: Vec<_> = (10..20).map(|i| t.enter(ROOT, c"x", ident(i, 0), false).unwrap()).collect();
+        assert_eq!(t.enter(ROOT, c"y", ident(20, 0), false), Err(Errno::NFILE));
+        assert_eq!(t.enter_virtual(0, ROOT, c"y"), Err(Errno::NFILE));
+        // One that is known costs nothing more.
+        assert_eq!(t.enter(ROOT, c"x", ident(19, 0), false), Ok(ids[9]));
+        t.forget(ids[0], 1);
+        assert_eq!(t.limits().quota.left(), 1);
+        t.enter(ROOT, c"y", ident(20, 0), false).unwrap();
+        t.clear();
+        assert_eq!((t.len(), t.limits().quota.left()), (1, 10));
     }
 
     #[test]

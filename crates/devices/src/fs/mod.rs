@@ -23,6 +23,7 @@ mod flat;
 mod handles;
 mod inodes;
 mod io;
+mod limits;
 mod overlay;
 mod passthrough;
 mod request;
@@ -41,6 +42,7 @@ use std::time::Duration;
 pub use device::Fs;
 #[doc(hidden)]
 pub use device::fuzz_one;
+pub use limits::Quota;
 pub use overlay::{Content, FileData};
 pub use setup::{FsError, raise_nofile};
 
@@ -116,6 +118,8 @@ pub struct FsSpec {
     pub shm_size: Option<u64>,
     /// How much the guest caches.
     pub cache: CachePolicy,
+    /// How many inodes and open files the guest may have here; one for all of its shares.
+    pub quota: Quota,
 }
 
 /// An exit status that is set once, by the guest, and read by whoever waits for it.

@@ -13,6 +13,7 @@ use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
 
 use super::abi::Time;
 use super::inodes::Key;
+use super::limits::Limits;
 use super::overlay::{Content, Overlays, Parent};
 use super::passthrough::{Root, Share, Stat};
 use super::{FsSpec, Overlay, TAG_MAX};
@@ -106,13 +107,6 @@ pub fn raise_nofile() -> std::io::Result<Option<u64>> {
     Ok(limit.maximum)
 }
 
-/// How many inodes keep a descriptor: an eighth of what the process may have, for there are other shares and
-/// the guest's open files.
-fn descriptors() -> usize {
-    let limit = getrlimit(Resource::Nofile).current.unwrap_or(1 << 20);
-    usize::try_from(limit / 8).unwrap_or(usize::MAX).clamp(16, 1 << 16)
-}
-
 /// Checks a tag.
 ///
 /// # Errors
@@ -132,14 +126,14 @@ pub fn check_tag(tag: &str) -> Result<(), FsError> {
 /// # Errors
 /// See [`FsError`].
 pub fn share(spec: &FsSpec) -> Result<Share, FsError> {
-    share_with(spec, descriptors())
+    share_with(spec, Limits::new(spec.quota.clone()))
 }
 
-/// As [`share`], with a limit to the descriptors that inodes keep.
+/// As [`share`], with other limits.
 ///
 /// # Errors
 /// See [`FsError`].
-pub fn share_with(spec: &FsSpec, descriptors: usize) -> Result<Share, FsError> {
+pub fn share_with(spec: &FsSpec, limits: Limits) -> Result<Share, FsError> {
     check_tag(&spec.tag)?;
     let root = spec.source.as_deref().map(open_source).transpose()?;
     let fds = open_fds()?;
@@ -151,7 +145,7 @@ pub fn share_with(spec: &FsSpec, descriptors: usize) -> Result<Share, FsError> {
     for overlay in &spec.overlays {
         add_overlay(&mut overlays, root.as_ref(), overlay)?;
     }
-    Share::new(root, overlays, fds, spec.cache, spec.read_only, descriptors)
+    Share::new(root, overlays, fds, spec.cache, spec.read_only, limits)
         .map_err(|e| FsError::Host { what: format!("{:?}", spec.tag), source: e.into() })
 }
 

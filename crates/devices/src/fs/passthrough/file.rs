@@ -79,6 +79,7 @@ impl Share {
     ) -> Result<(Entry, u64, u32)> {
         self.not_overlaid(parent, name, Errno::EXIST)?;
         let dir = self.fd(parent)?;
+        self.expect_room()?;
         let open = host_flags(flags)?;
         let mode = Mode::from_raw_mode(mode & 0o7777);
         let made = {
@@ -133,6 +134,7 @@ impl Share {
     /// The host's reason, EOPNOTSUPP for one.
     pub fn tmpfile(&mut self, parent: u64, flags: u32, mode: u32, who: Who) -> Result<(Entry, u64, u32)> {
         let dir = self.fd(parent)?;
+        self.expect_room()?;
         let exclusive = OFlags::from_bits_retain(flags) & OFlags::EXCL;
         let open = (host_flags(flags)? - OFlags::TRUNC) | exclusive | OFlags::TMPFILE | OFlags::CLOEXEC;
         let mode = Mode::from_raw_mode(mode & 0o7777);

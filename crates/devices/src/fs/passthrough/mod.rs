@@ -34,6 +34,7 @@ use super::abi::{
 };
 use super::handles::{Handle, Handles};
 use super::inodes::{HostNode, Identity, Inodes, Node, What};
+use super::limits::Limits;
 use super::overlay::{Content, Overlays, Parent};
 use super::sys::{Caller, FdName};
 use super::{CachePolicy, DataCache};
@@ -140,6 +141,13 @@ fn with_descriptors<T>(inodes: &mut Inodes, f: impl Fn(&Inodes) -> Result<T>) ->
     }
 }
 
+/// As [`with_descriptors`], for a descriptor that the guest keeps: it leaves some for the rest of the process.
+fn to_keep(inodes: &mut Inodes, f: impl Fn(&Inodes) -> Result<OwnedFd>) -> Result<OwnedFd> {
+    with_descriptors(inodes, |inodes| {
+        f(inodes).and_then(|fd| if inodes.limits().allow(&fd) { Ok(fd) } else { Err(Errno::MFILE) })
+    })
+}
+
 impl Share {
     /// A share of `root`, or of nothing but overlays (index 0 is then its root).
     pub fn new(
@@ -148,8 +156,9 @@ impl Share {
         fds: OwnedFd,
         cache: CachePolicy,
         read_only: bool,
-        descriptors: usize,
+        limits: Limits,
     ) -> Result<Self> {
+        let handles = Handles::new(limits.quota.clone());
         let mut devices = HashMap::new();
         let inodes = match &root {
             Some(root) => {
@@ -159,7 +168,7 @@ impl Share {
                 if !device.births {
                     st.id.born = None;
                 }
-                let mut table = Inodes::new(Inodes::root_of(st.id, Arc::clone(&root.path)), descriptors);
+                let mut table = Inodes::new(Inodes::root_of(st.id, Arc::clone(&root.path)), limits);
                 if super::sys::FileHandle::of(std::os::fd::AsFd::as_fd(&root.path))
                     .and_then(|h| h.open(std::os::fd::AsFd::as_fd(&root.dir)))
                     .is_ok()
@@ -168,11 +177,11 @@ impl Share {
                 }
                 table
             }
-            None => Inodes::new(What::Virtual(0), descriptors),
+            None => Inodes::new(What::Virtual(0), limits),
         };
         Ok(Self {
             inodes,
-            handles: Handles::default(),
+            handles,
             overlays,
             root,
             fds,
@@ -403,11 +412,26 @@ impl Share {
     /// Opens `node`, known to be a regular file or directory, for I/O.
     fn reopen(&mut self, node: u64, flags: OFlags) -> Result<OwnedFd> {
         let path = self.fd(node)?;
-        let Self { inodes, fds, .. } = self;
+        let Self { inodes, fds, reads, .. } = self;
         let name = FdName::new(&path);
-        with_descriptors(inodes, |_| {
-            rustix::fs::openat(&*fds, name.as_c_str(), flags | OFlags::CLOEXEC, Mode::empty())
-        })
+        let mut open = || {
+            to_keep(inodes, |_| {
+                rustix::fs::openat(&*fds, name.as_c_str(), flags | OFlags::CLOEXEC, Mode::empty())
+            })
+        };
+        match open() {
+            Err(Errno::MFILE | Errno::NFILE) if reads.clear() => open(),
+            r => r,
+        }
+    }
+
+    /// Makes sure, before something is created, that it can be kept open.
+    ///
+    /// # Errors
+    /// EMFILE.
+    fn expect_room(&mut self) -> Result<()> {
+        let Self { inodes, fds, .. } = self;
+        to_keep(inodes, |_| rustix::io::fcntl_dupfd_cloexec(&*fds, 0)).map(drop)
     }
 
     /// Adds a handle on a host node and notes it there.

@@ -58,10 +58,12 @@ impl Reads {
         }
     }
 
-    /// Closes all.
-    pub fn clear(&mut self) {
+    /// Closes all; false when there was nothing.
+    pub fn clear(&mut self) -> bool {
+        let any = !self.by_node.is_empty();
         self.by_node.clear();
         self.order.clear();
+        any
     }
 
     /// Number of nodes that are open.
@@ -91,7 +93,9 @@ impl Share {
             What::Host(_) => {}
         }
         let fd = Arc::new(self.reopen(node, OFlags::RDONLY)?);
-        self.reads.add(node, Unopened::File(Arc::clone(&fd)));
+        if self.inodes.limits().allow_spare(&fd) {
+            self.reads.add(node, Unopened::File(Arc::clone(&fd)));
+        }
         Ok(Bytes::Host(fd))
     }
 
@@ -111,6 +115,11 @@ impl Share {
     /// Gives back what [`Share::listing_of`] gave.
     pub fn keep_listing(&mut self, dir: Box<Dir>) {
         let node = dir.node;
+        if dir.fd.as_ref().is_some_and(|fd| !self.inodes.limits().allow_spare(fd)) {
+            // With its place in the order.
+            self.reads.by_node.insert(node, Unopened::Dir(dir));
+            return self.reads.forget(node);
+        }
         // Its place in the order was kept if it had one.
         if self.reads.order.contains(&node) {
             self.reads.by_node.insert(node, Unopened::Dir(dir));

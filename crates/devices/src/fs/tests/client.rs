@@ -9,6 +9,7 @@ use tempfile::TempDir;
 
 use crate::fs::abi::{Fattr, op};
 use crate::fs::flat::{FlatSink, FlatSource};
+use crate::fs::limits::Limits;
 use crate::fs::server::Server;
 use crate::fs::{CachePolicy, ExitCode, ExitSink, FsSpec, Overlay, setup};
 
@@ -109,7 +110,8 @@ impl Client {
         let exit = Arc::new(ExitCode::new());
         let mut spec = FsSpec { tag: "test".into(), exit_code: Some(Arc::clone(&exit)), ..spec };
         change(&mut spec);
-        let share = setup::share_with(&spec, descriptors).unwrap();
+        let limits = Limits { cached: descriptors, ..Limits::new(spec.quota.clone()) };
+        let share = setup::share_with(&spec, limits).unwrap();
         let mut server = Server::new(share, Some(ExitSink(Arc::clone(&exit))));
         server.attach().unwrap();
         let mut me = Self { server, dir, uid: 0, gid: 0, exit, unique: 0 };

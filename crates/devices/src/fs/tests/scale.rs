@@ -5,7 +5,8 @@ use std::process::Command;
 
 use super::client::{Client, ROOT, longs, words};
 use crate::fs::abi::op;
-use crate::fs::{FsSpec, setup};
+use crate::fs::limits::Quota;
+use crate::fs::{CachePolicy, FsSpec, setup};
 
 fn small(descriptors: usize) -> Client {
     let dir = tempfile::tempdir().unwrap();
@@ -94,26 +95,36 @@ fn batches_of_forgets_count() {
     assert_eq!(c.counts().0, 1);
 }
 
-/// In a process of its own, for the limit is the process's.
+fn limit_files(most: u64) {
+    let limit = rustix::process::Rlimit { current: Some(most), maximum: Some(most) };
+    rustix::process::setrlimit(rustix::process::Resource::Nofile, limit).unwrap();
+}
+
+/// Runs the test `name` in a process of its own, for the limit is the process's. True there.
+fn in_a_process_of_its_own(name: &str) -> bool {
+    const MARK: &str = "KRUN_FS_TEST_LIMIT";
+    if std::env::var_os(MARK).is_some() {
+        return true;
+    }
+    let status = Command::new(std::env::current_exe().unwrap())
+        .args(["--exact", &format!("fs::tests::scale::{name}"), "--test-threads=1"])
+        .env(MARK, "1")
+        .status()
+        .unwrap();
+    assert!(status.success());
+    false
+}
+
 #[test]
 fn running_out_of_descriptors_is_an_error_like_any_other() {
-    const MARK: &str = "KRUN_FS_TEST_LIMIT";
-    if std::env::var_os(MARK).is_none() {
-        let name = "fs::tests::scale::running_out_of_descriptors_is_an_error_like_any_other";
-        let status = Command::new(std::env::current_exe().unwrap())
-            .args(["--exact", name, "--test-threads=1"])
-            .env(MARK, "1")
-            .status()
-            .unwrap();
-        assert!(status.success());
+    if !in_a_process_of_its_own("running_out_of_descriptors_is_an_error_like_any_other") {
         return;
     }
     let mut c = small(1000);
     for i in 0..100 {
         fs::write(c.path(&format!("f{i}")), "x").unwrap();
     }
-    let limit = rustix::process::Rlimit { current: Some(64), maximum: Some(64) };
-    rustix::process::setrlimit(rustix::process::Resource::Nofile, limit).unwrap();
+    limit_files(64);
     let nodes: Vec<_> = (0..100).map(|i| c.walk(&format!("f{i}")).unwrap().node).collect();
     let mut open = Vec::new();
     let mut refused = 0;
@@ -134,6 +145,79 @@ fn running_out_of_descriptors_is_an_error_like_any_other() {
     for n in nodes {
         assert_eq!(c.contents(n).unwrap(), b"x");
     }
+}
+
+/// The descriptors are the process's: whatever one guest keeps open, disks, sockets and other shares find some.
+#[test]
+fn a_guest_leaves_descriptors_to_the_rest_of_the_process() {
+    if !in_a_process_of_its_own("a_guest_leaves_descriptors_to_the_rest_of_the_process") {
+        return;
+    }
+    limit_files(128);
+    let always = CachePolicy::ALWAYS;
+    let read_only = |spec: &mut FsSpec| (spec.read_only, spec.cache) = (true, always);
+    let (mut writable, mut unopened) = (small(1000), Client::with(read_only));
+    let mut nodes = Vec::new();
+    for i in 0..200 {
+        fs::write(writable.path(&format!("f{i}")), "x").unwrap();
+        fs::write(unopened.path(&format!("f{i}")), "x").unwrap();
+        nodes.push(writable.walk(&format!("f{i}")).unwrap().node);
+        assert_eq!(writable.contents(nodes[i]).unwrap(), b"x");
+        let node = unopened.walk(&format!("f{i}")).unwrap().node;
+        assert_eq!(unopened.read_node(node, 0, 0, 10).unwrap(), b"x");
+    }
+    let (mut open, mut refused) = (Vec::new(), 0);
+    for (i, node) in nodes.iter().enumerate() {
+        let name = std::ffi::CString::new(format!("new{i}")).unwrap();
+        for result in [
+            writable.open(*node, libc::O_RDONLY).map(|(fh, _)| fh),
+            writable.opendir(ROOT),
+            writable.create(ROOT, &name, libc::O_RDWR, 0o600).map(|(_, fh)| fh),
+        ] {
+            match result {
+                Ok(fh) => open.push(fh),
+                Err(e) => {
+                    assert_eq!(e, libc::EMFILE);
+                    refused += 1;
+                }
+            }
+        }
+        assert_eq!(writable.path(&format!("new{i}")).exists(), writable.lookup(ROOT, &name).is_ok());
+    }
+    assert!(refused > 0 && open.len() > 30, "{} open, {refused} refused", open.len());
+    let others: Vec<_> = (0..14).map(|_| fs::File::open("/dev/null")).collect();
+    assert!(others.iter().all(Result::is_ok), "{others:?}");
+    drop(others);
+    assert!(!writable.path("new199").exists(), "what cannot be opened is not created");
+    for fh in open {
+        writable.release(fh).unwrap();
+    }
+    assert_eq!(writable.contents(nodes[0]).unwrap(), b"x");
+}
+
+#[test]
+fn a_guest_that_never_forgets_reaches_its_quota() {
+    let dir = tempfile::tempdir().unwrap();
+    let quota = Quota::new(50);
+    let spec = FsSpec { source: Some(dir.path().to_owned()), quota: quota.clone(), ..FsSpec::default() };
+    let mut c = Client::build(dir, spec, |_| {}, 8);
+    for i in 0..60 {
+        fs::write(c.path(&format!("f{i}")), "x").unwrap();
+    }
+    let results: Vec<_> = (0..60).map(|i| c.walk(&format!("f{i}")).map(|e| e.node)).collect();
+    assert!(results[..50].iter().all(Result::is_ok));
+    assert!(results[50..].iter().all(|r| *r == Err(libc::ENFILE)));
+    assert_eq!(c.opendir(ROOT).unwrap_err(), libc::ENFILE);
+    // A listing goes on without lookups.
+    for node in results[..8].iter().flatten() {
+        c.forget(*node, 1);
+    }
+    let fh = c.opendir(ROOT).unwrap();
+    assert_eq!(c.walk("f0").unwrap_err(), libc::ENFILE);
+    c.release(fh).unwrap();
+    c.walk("f0").unwrap();
+    c.server.reset();
+    assert_eq!(quota.left(), 50);
 }
 
 #[test]
