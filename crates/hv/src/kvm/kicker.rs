@@ -18,6 +18,7 @@ use std::mem::MaybeUninit;
 use std::os::fd::AsRawFd;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Duration;
 
 use super::sys::{self, RunPage};
 
@@ -31,6 +32,9 @@ thread_local! {
     static BLOCKED: Cell<(u32, bool)> = const { Cell::new((0, false)) };
 }
 
+/// Between two tries to send the signal.
+const RETRY: Duration = Duration::from_millis(1);
+
 /// What a kicker and its vCPU share.
 #[derive(Debug)]
 pub(super) struct Target {
@@ -42,14 +46,36 @@ pub(super) struct Target {
 }
 
 impl Target {
+    /// Where a kick has not been taken yet, that one does: the queue of real-time signals is short, and the user's.
     pub(super) fn kick(&self) {
         let thread = self.thread.lock().unwrap_or_else(PoisonError::into_inner);
-        let Some(tid) = *thread else { return };
         // In this order: whoever sees `immediate_exit` or the signal also sees `kicked`.
-        self.kicked.store(true, Ordering::SeqCst);
+        if thread.is_none() || self.kicked.swap(true, Ordering::SeqCst) {
+            return;
+        }
         self.page.immediate_exit().store(1, Ordering::SeqCst);
-        // SAFETY: takes numbers only. The thread exists and keeps the signal blocked, see `thread`.
-        unsafe { libc::syscall(libc::SYS_tgkill, libc::getpid(), tid, signal()) };
+        drop(thread);
+        let done = || !self.kicked.load(Ordering::SeqCst);
+        send(&self.thread, done);
+    }
+}
+
+/// Sends the signal to a thread. While the user has too many signals pending it is tried again, until the thread
+/// ends or `done` says that it needs none.
+fn send(thread: &Mutex<Option<libc::pid_t>>, done: impl Fn() -> bool) {
+    loop {
+        let thread = thread.lock().unwrap_or_else(PoisonError::into_inner);
+        let Some(tid) = *thread else { return };
+        // SAFETY: takes numbers only. The thread exists and keeps the signal blocked, see `Target::thread`.
+        let sent = unsafe { libc::syscall(libc::SYS_tgkill, libc::getpid(), tid, signal()) };
+        if sent == 0 || io::Error::last_os_error().raw_os_error() != Some(libc::EAGAIN) {
+            return;
+        }
+        drop(thread);
+        if done() {
+            return;
+        }
+        std::thread::sleep(RETRY);
     }
 }
 
@@ -151,4 +177,61 @@ fn change_mask(how: libc::c_int) -> io::Result<OldMask> {
         }
     }
     Ok(OldMask { contains_signal: mask & bit(signal()) != 0, mask })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::process::Command;
+    use std::sync::mpsc;
+
+    fn limit_pending(most: libc::rlim_t) {
+        let limit = libc::rlimit { rlim_cur: most, rlim_max: libc::RLIM_INFINITY };
+        let mut now = limit;
+        // SAFETY: both structures live on this stack.
+        unsafe {
+            assert_eq!(libc::getrlimit(libc::RLIMIT_SIGPENDING, &raw mut now), 0);
+            let limit = libc::rlimit { rlim_max: now.rlim_max, ..limit };
+            assert_eq!(libc::setrlimit(libc::RLIMIT_SIGPENDING, &raw const limit), 0);
+        }
+    }
+
+    /// In a process of its own, for the limit is the process's.
+    #[test]
+    fn a_full_queue_of_signals_delays_a_kick_and_does_not_lose_it() {
+        const MARK: &str = "KRUN_HV_TEST_SIGNALS";
+        if std::env::var_os(MARK).is_none() {
+            let name = "kvm::kicker::tests::a_full_queue_of_signals_delays_a_kick_and_does_not_lose_it";
+            let mut command = Command::new(std::env::current_exe().unwrap());
+            assert!(command.args(["--exact", name]).env(MARK, "1").status().unwrap().success());
+            return;
+        }
+        let (tell, told) = mpsc::channel();
+        let (finish, finished) = mpsc::channel::<()>();
+        let target = std::thread::spawn(move || {
+            change_mask(libc::SIG_BLOCK).unwrap();
+            // SAFETY: gettid takes nothing and cannot fail.
+            tell.send(unsafe { libc::gettid() }).unwrap();
+            finished.recv().unwrap();
+            let (set, now) = (set_of_signal(), libc::timespec { tv_sec: 0, tv_nsec: 0 });
+            // SAFETY: both structures are initialised and outlive the call.
+            unsafe { libc::sigtimedwait(&raw const set, std::ptr::null_mut(), &raw const now) == signal() }
+        });
+        let thread = Mutex::new(Some(told.recv().unwrap()));
+        limit_pending(0);
+        let tries = Cell::new(0);
+        send(&thread, || {
+            tries.set(tries.get() + 1);
+            tries.get() == 3
+        });
+        assert_eq!(tries.get(), 3, "the queue was full, and nobody needed the signal at last");
+        send(&thread, || {
+            limit_pending(100);
+            false
+        });
+        finish.send(()).unwrap();
+        assert!(target.join().unwrap(), "the signal arrived");
+        *thread.lock().unwrap() = None;
+        send(&thread, || unreachable!("there is nobody to send to"));
+    }
 }

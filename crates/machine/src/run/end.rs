@@ -87,9 +87,13 @@ impl End {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Says how to interrupt the vCPUs.
+    /// Says how to interrupt the vCPUs. Does so if the end has begun: a device may fail before the vCPUs run.
     pub fn set_kickers(&self, kickers: Vec<Kicker>) {
-        self.lock().kickers = kickers;
+        let mut state = self.lock();
+        state.kickers = kickers;
+        if state.outcome.is_some() {
+            state.kickers.iter().for_each(Kicker::kick);
+        }
     }
 
     /// Begins the end, once: the first outcome stays.
@@ -248,6 +252,18 @@ mod tests {
         assert!(!end.are_all_off(Duration::from_millis(100)));
         assert!(end.are_all_off(Duration::from_secs(20)));
         vcpus.join().unwrap();
+    }
+
+    #[test]
+    fn kickers_that_come_after_the_end_kick() {
+        let end = End::new(1);
+        end.begin(Outcome::Error("a device failed".into()));
+        let kicks = Arc::new(AtomicUsize::new(0));
+        let count = Arc::clone(&kicks);
+        end.set_kickers(vec![Kicker::from_fn(move || {
+            count.fetch_add(1, Ordering::SeqCst);
+        })]);
+        assert_eq!(kicks.load(Ordering::SeqCst), 1);
     }
 
     #[test]
