@@ -163,7 +163,9 @@ fn direct(root: &Path, step: &Step, all: &[PathBuf]) -> std::io::Result<()> {
     match step {
         Step::Mkdir(p) => {
             fs::create_dir(at(p))?;
-            fs::set_permissions(at(p), fs::Permissions::from_mode(0o755))
+            // Whatever this process's umask is. The set-group-ID bit comes from the directory above.
+            let inherited = fs::metadata(at(p))?.mode() & libc::S_ISGID;
+            fs::set_permissions(at(p), fs::Permissions::from_mode(0o755 | inherited))
         }
         Step::Create(p) => {
             fs::OpenOptions::new().write(true).create_new(true).open(at(p))?;
@@ -206,29 +208,41 @@ fn picture(root: &Path) -> Vec<(PathBuf, u32, u64, Vec<u8>)> {
     out
 }
 
+/// Runs the steps in a share and in a directory, and compares. `few` descriptors are kept.
+fn compare(steps: &[Step], few: usize) -> Result<(), TestCaseError> {
+    let twin = tempfile::tempdir().unwrap();
+    let dir = tempfile::tempdir().unwrap();
+    let spec = FsSpec { source: Some(dir.path().to_owned()), ..FsSpec::default() };
+    let mut guest = Guest { c: Client::build(dir, spec, |_| {}, few), owed: Vec::new() };
+    let all = places();
+    for s in steps {
+        let (ours, theirs) = (guest.run(s, &all), direct(twin.path(), s, &all));
+        prop_assert_eq!(ours.is_ok(), theirs.is_ok(), "{:?}: {:?} but {:?}", s, ours, theirs);
+        if let (Err(a), Some(b)) = (ours, theirs.err().and_then(|e| e.raw_os_error()))
+            && !matches!(s, Step::Truncate(..))
+        {
+            prop_assert_eq!(a, b, "{:?}", s);
+        }
+    }
+    prop_assert_eq!(picture(guest.c.dir.path()), picture(twin.path()));
+    for node in std::mem::take(&mut guest.owed) {
+        guest.c.forget(node, 1);
+    }
+    prop_assert_eq!(guest.c.counts(), (1, 0, 0));
+    Ok(())
+}
+
+/// Mode 6755 on a directory: those made in it have the set-group-ID bit too.
+#[test]
+fn directories_in_one_with_the_set_group_id_bit_inherit_it() {
+    compare(&[Step::Mkdir(0), Step::Chmod(0, 0o6755), Step::Mkdir(9), Step::Create(1)], 2).unwrap();
+}
+
 proptest! {
     #![proptest_config(ProptestConfig { cases: 48, failure_persistence: None, ..ProptestConfig::default() })]
 
     #[test]
     fn a_share_does_what_the_host_does(steps in proptest::collection::vec(step(), 1..80), few in 1usize..4) {
-        let twin = tempfile::tempdir().unwrap();
-        let dir = tempfile::tempdir().unwrap();
-        let spec = FsSpec { source: Some(dir.path().to_owned()), ..FsSpec::default() };
-        let mut guest = Guest { c: Client::build(dir, spec, |_| {}, few), owed: Vec::new() };
-        let all = places();
-        for s in &steps {
-            let (ours, theirs) = (guest.run(s, &all), direct(twin.path(), s, &all));
-            prop_assert_eq!(ours.is_ok(), theirs.is_ok(), "{:?}: {:?} but {:?}", s, ours, theirs);
-            if let (Err(a), Some(b)) = (ours, theirs.err().and_then(|e| e.raw_os_error()))
-                && !matches!(s, Step::Truncate(..))
-            {
-                prop_assert_eq!(a, b, "{:?}", s);
-            }
-        }
-        prop_assert_eq!(picture(guest.c.dir.path()), picture(twin.path()));
-        for node in std::mem::take(&mut guest.owed) {
-            guest.c.forget(node, 1);
-        }
-        prop_assert_eq!(guest.c.counts(), (1, 0, 0));
+        compare(&steps, few)?;
     }
 }
