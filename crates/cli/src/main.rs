@@ -67,6 +67,11 @@ fn act(cli: &Cli) -> Result<i32, String> {
     }
 }
 
+/// Says why something runs in the emulated host that was to run on KVM if possible.
+fn instead(why: &krun::host::Finding) -> String {
+    format!("{why}; running in an emulated host instead (krun doctor says more)")
+}
+
 /// Runs it on KVM, or in the emulated host where KVM does not serve.
 fn run_somewhere(args: &Run, verbose: u8) -> Result<i32, String> {
     match args.accel {
@@ -77,9 +82,22 @@ fn run_somewhere(args: &Run, verbose: u8) -> Result<i32, String> {
             if probe.usable() {
                 return run::run(args, verbose > 0);
             }
-            let why = probe.findings.first().map(ToString::to_string).unwrap_or_default();
-            eprintln!("krun: {why} Running in an emulated host instead (krun doctor says more).");
+            if let Some(why) = probe.findings.first() {
+                eprintln!("krun: {}", instead(why));
+            }
             emulated::run(args, verbose)
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_reason_and_what_is_done_are_one_sentence() {
+        let text = instead(&krun::host::Finding::Hung);
+        assert_eq!(text.matches("; running in").count(), 1, "{text}");
+        assert!(text.starts_with("a trial guest on /dev/kvm did not come to an end; running in"), "{text}");
     }
 }
