@@ -7,7 +7,7 @@ use std::sync::Arc;
 
 use krun_devices::balloon::{Balloon, BalloonHandle};
 use krun_devices::block::BlockHandle;
-use krun_devices::console::{ConsoleHandle, ConsoleSpec, PortSpec};
+use krun_devices::console::{ConsoleHandle, ConsoleSpec, MAX_PORTS, PortSpec};
 use krun_devices::fs::{self, ExitCode, FsSpec};
 use krun_devices::input;
 use krun_devices::rng::Rng;
@@ -246,21 +246,26 @@ pub fn assemble(mut config: VmConfig) -> Result<Parts, Error> {
 
 type Consoles = (Vec<Box<dyn VirtioDevice>>, Vec<ConsoleHandle>, Vec<OwnedFd>, wire::Stdio);
 
-/// The console devices. The first one also carries the control port; without any, one is made for it.
+/// The console devices. One of them also carries the control port.
 fn consoles(config: &mut VmConfig, mut control: Option<UnixStream>) -> Result<Consoles, Error> {
     let mut list = std::mem::take(&mut config.consoles);
-    if list.is_empty() && control.is_some() {
-        list.push(Console::Standard { input: None, output: None, error: None });
-    }
     let (mut devices, mut handles, mut terminals) =
         (Vec::<Box<dyn VirtioDevice>>::new(), Vec::new(), Vec::new());
     let mut stdio = None;
+    // The port goes where there is room for it, else to a console of its own.
+    let room = |c: &Console| {
+        matches!(c, Console::Standard { .. }) || matches!(c, Console::Ports(p) if p.len() < MAX_PORTS)
+    };
+    if control.is_some() && !list.iter().any(room) {
+        list.push(Console::Standard { input: None, output: None, error: None });
+    }
     for console in list {
+        let has_room = room(&console);
         let mut ports = match console {
             Console::Standard { input, output, error } => standard(input, output, error, config.verbose)?,
             Console::Ports(described) => named(described)?,
         };
-        if let Some(stream) = control.take() {
+        if has_room && let Some(stream) = control.take() {
             let port = PortSpec::duplex(wire::CONTROL_PORT, stream.into())
                 .map_err(|source| Error::Host { what: "duplicate the control socket", source })?;
             // Read here, and what init said at the end only after the end.
@@ -290,6 +295,32 @@ mod tests {
         assert_eq!(ports.stdio, wire::Stdio::Ports(0b010));
         let names: Vec<_> = ports.list.iter().map(|p| p.name.as_str()).collect();
         assert_eq!(names, ["", "krun-stdout"]);
+    }
+
+    #[test]
+    fn the_control_port_takes_no_room_from_consoles_that_are_full() {
+        let console = |ports: usize| {
+            let port = |n| Port::Stream { name: format!("p{n}"), input: None, output: None };
+            Console::Ports((0..ports).map(port).collect())
+        };
+        // One device per console, and one for the control port where none has room.
+        for (given, devices) in [(vec![], 1), (vec![31], 1), (vec![32], 2), (vec![32, 4], 2)] {
+            let consoles = given.iter().map(|n| console(*n)).collect();
+            let config = VmConfig {
+                consoles,
+                command: Command::new("x"),
+                rng: false,
+                balloon: false,
+                ..VmConfig::default()
+            };
+            let parts = assemble(config).unwrap();
+            let count = parts.devices.iter().filter(|d| d.info().id == 3).count();
+            assert_eq!(count, devices, "{given:?}");
+        }
+        let config =
+            VmConfig { consoles: vec![console(33)], command: Command::new("x"), ..VmConfig::default() };
+        let text = assemble(config).err().unwrap().to_string();
+        assert!(text.contains("1 to 32 ports, not 33"), "{text}");
     }
 
     #[test]
