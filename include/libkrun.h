@@ -42,10 +42,11 @@ extern "C" {
 
 #define KRUN_LOG_OPTION_NO_ENV 1 /* RUST_LOG may not change the level */
 
-/* Logs to standard error from `level` up. The first call of this or krun_init_log() counts. */
+/* Logs from `level` up: to where krun_init_log() said, else to standard error. The last call counts. */
 int32_t krun_set_log_level(uint32_t level);
 
-/* Logs to `target_fd` from `level` up. */
+/* Logs to `target_fd` from `level` up. The descriptor stays the caller's: it is neither duplicated nor closed, and
+ * once it is closed nothing is logged any more, whatever gets its number. -EEXIST when there is a log. */
 int32_t krun_init_log(int target_fd, uint32_t level, uint32_t style, uint32_t options);
 
 /* ----------------------------------------------------------------- contexts */
@@ -139,8 +140,8 @@ int32_t krun_fs_add_overlay_dir(uint32_t ctx_id, const char *fs_tag, const char 
 
 /* --------------------------------------------------------------- the workload */
 
-/* The program, its arguments (without argv[0]) and environment, each list ended by NULL. `envp` NULL:
- * the caller's environment. */
+/* The program, its arguments (without argv[0]) and environment, each list ended by NULL and of at most
+ * 1048576 strings (-E2BIG above). `envp` NULL: the caller's environment. */
 int32_t krun_set_exec(uint32_t ctx_id, const char *exec_path, const char *const argv[],
                       const char *const envp[]);
 

@@ -4,10 +4,11 @@ use std::ffi::{CStr, OsStr, OsString, c_char};
 use std::os::unix::ffi::OsStrExt;
 use std::path::PathBuf;
 
-use crate::{Answer, EINVAL};
+use crate::{Answer, E2BIG, EINVAL};
 
-/// Longest list of strings accepted; a list without its NULL ends the reading there.
-const MAX_LIST: usize = 4096;
+/// Longest list of strings accepted, above what a Linux guest could give a program (6 MiB with the pointers); a list
+/// without its NULL ends the reading there.
+const MAX_LIST: usize = 1 << 20;
 
 /// A string that must be there.
 ///
@@ -61,7 +62,7 @@ pub unsafe fn list(list: *const *const c_char) -> Answer<Option<Vec<OsString>>> 
         return Ok(None);
     }
     let mut strings = Vec::new();
-    for at in 0..MAX_LIST {
+    for at in 0..=MAX_LIST {
         // SAFETY: no NULL came before `at`, so the list goes on to here.
         let entry = unsafe { *list.add(at) };
         if entry.is_null() {
@@ -70,5 +71,23 @@ pub unsafe fn list(list: *const *const c_char) -> Answer<Option<Vec<OsString>>> 
         // SAFETY: not NULL, so a string.
         strings.push(unsafe { string(entry) }?);
     }
-    Err(EINVAL)
+    tracing::error!("a list of more than {MAX_LIST} strings, or one that does not end with NULL");
+    Err(E2BIG)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn long_lists_are_taken_and_endless_ones_refused() {
+        let word = c"K=V".as_ptr();
+        for (len, wanted) in [(5000, Ok(5000)), (MAX_LIST, Ok(MAX_LIST)), (MAX_LIST + 1, Err(E2BIG))] {
+            let mut pointers = vec![word; len];
+            pointers.push(std::ptr::null());
+            // SAFETY: a list of strings that ends with NULL.
+            let taken = unsafe { list(pointers.as_ptr()) };
+            assert_eq!(taken.map(|l| l.map_or(0, |l| l.len())), wanted);
+        }
+    }
 }

@@ -27,6 +27,7 @@ use std::panic::{AssertUnwindSafe, catch_unwind};
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 struct Errno(i32);
 
+const E2BIG: Errno = Errno(libc::E2BIG);
 const EINVAL: Errno = Errno(libc::EINVAL);
 const EEXIST: Errno = Errno(libc::EEXIST);
 const ENOENT: Errno = Errno(libc::ENOENT);
