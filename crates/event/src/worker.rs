@@ -4,7 +4,7 @@ use std::any::Any;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::thread::{Builder, JoinHandle};
 
-use crate::Wake;
+use crate::{Wake, with_signals_blocked};
 
 /// Why a worker ended other than by returning.
 #[derive(Debug, Clone, thiserror::Error)]
@@ -17,7 +17,7 @@ pub struct Failure {
 }
 
 /// A named thread that is asked to stop by a [`Wake`] and joined on drop. A panic inside is caught
-/// and handed to the supervisor.
+/// and handed to the supervisor. All signals are blocked on it: they are for the program's own threads.
 #[derive(Debug)]
 pub struct Worker<T> {
     stop: Wake,
@@ -37,15 +37,14 @@ impl<T: Send + 'static> Worker<T> {
     ) -> std::io::Result<Self> {
         let stop = Wake::new()?;
         let (inner, thread_name) = (stop.clone(), name.to_owned());
-        let thread = Builder::new().name(name.to_owned()).spawn(move || {
-            match catch_unwind(AssertUnwindSafe(|| body(&inner))) {
-                Ok(value) => Some(value),
-                Err(payload) => {
-                    on_panic(Failure { thread: thread_name, message: panic_message(payload.as_ref()) });
-                    None
-                }
+        let main = move || match catch_unwind(AssertUnwindSafe(|| body(&inner))) {
+            Ok(value) => Some(value),
+            Err(payload) => {
+                on_panic(Failure { thread: thread_name, message: panic_message(payload.as_ref()) });
+                None
             }
-        })?;
+        };
+        let thread = with_signals_blocked(|| Builder::new().name(name.to_owned()).spawn(main))?;
         Ok(Self { stop, thread: Some(thread) })
     }
 
@@ -102,6 +101,15 @@ mod tests {
             },
         );
         assert_eq!(w.unwrap().stop(), Some(5));
+    }
+
+    #[test]
+    fn signals_are_for_other_threads() {
+        let status = Worker::spawn("t", |_| (), |_| std::fs::read_to_string("/proc/thread-self/status"));
+        let status = status.unwrap().stop().unwrap().unwrap();
+        let blocked = status.lines().find_map(|l| l.strip_prefix("SigBlk:\t")).unwrap();
+        // SIGTERM, for one.
+        assert_ne!(u64::from_str_radix(blocked, 16).unwrap() & 1 << 14, 0);
     }
 
     #[test]

@@ -42,7 +42,7 @@ pub use krun_devices::input::{
     AxisInfo, DeviceIds, InputConfig, InputEvent, InputSender, InputSource, QueueFull,
 };
 pub use krun_machine::boot::smbios::{OemStringError, check as check_oem_strings};
-pub use krun_machine::{ExitCounts, Outcome};
+pub use krun_machine::{ExitCounts, Outcome, with_signals_blocked};
 pub use krun_wire::{EXIT_NOT_EXECUTABLE, EXIT_NOT_FOUND, EXIT_SETUP};
 pub use reclaim::BalloonStatus;
 pub use vm::{ExitStatus, Vm};

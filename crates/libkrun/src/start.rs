@@ -139,7 +139,9 @@ fn watch_shutdown(vm: &Arc<api::Vm>, fd: Arc<OwnedFd>) {
             vm.shutdown(GRACE);
         }
     };
-    if let Err(e) = std::thread::Builder::new().name("shutdown".into()).spawn(watch) {
+    // The caller's handlers run on its own threads.
+    let spawn = || std::thread::Builder::new().name("shutdown".into()).spawn(watch);
+    if let Err(e) = api::with_signals_blocked(spawn) {
         tracing::error!("cannot watch the shutdown descriptor: {e}");
     }
 }

@@ -17,6 +17,7 @@ pub mod spec;
 mod sys;
 
 pub use error::Error;
+pub use krun_event::with_signals_blocked;
 pub use krun_hv::ExitCounts;
 pub use run::{Machine, Outcome, Running};
 pub use spec::{Entry, Kernel, KernelFormat, SerialSpec, Spec, SpecError};

@@ -5,7 +5,7 @@ use std::mem::MaybeUninit;
 
 /// Runs `body` with every signal blocked on this thread. Threads that it starts inherit that, so that
 /// the program's handlers never run on them.
-pub fn blocked<T>(body: impl FnOnce() -> T) -> T {
+pub fn with_signals_blocked<T>(body: impl FnOnce() -> T) -> T {
     let mut before = MaybeUninit::<libc::sigset_t>::uninit();
     let mut all = MaybeUninit::<libc::sigset_t>::uninit();
     // SAFETY: both sets are valid for writing; sigfillset initialises `all` before it is read.
@@ -43,7 +43,8 @@ mod tests {
     #[test]
     fn a_thread_started_inside_has_all_signals_blocked_and_the_caller_gets_its_mask_back() {
         let before = blocked_mask("thread-self");
-        let inside = blocked(|| std::thread::spawn(|| blocked_mask("thread-self"))).join().unwrap();
+        let inside =
+            with_signals_blocked(|| std::thread::spawn(|| blocked_mask("thread-self"))).join().unwrap();
         // SIGTERM, SIGINT, SIGCHLD, SIGWINCH.
         for signal in [15, 2, 17, 28] {
             assert_ne!(inside & 1 << (signal - 1), 0, "{signal}");

@@ -13,6 +13,7 @@ use std::sync::{Arc, Mutex, PoisonError, mpsc};
 use std::thread::{Builder, JoinHandle};
 
 use krun_devices::legacy::{Ports, Serial};
+use krun_event::with_signals_blocked;
 use krun_hv::{BootState, DoorbellGuard, ExitCounts, Hypervisor, MapGuard, Platform, Prot, Vm, VmConfig};
 use krun_memory::{GuestAddress, GuestMemory};
 use krun_virtio::{MmioTransport, VirtioDevice, mmio::reg};
@@ -20,7 +21,7 @@ use rustix::rand::{GetRandomFlags, getrandom};
 
 use crate::board::{Board, SERIAL_IRQ, Slot};
 use crate::boot::{BootError, BootImage, Payload};
-use crate::sys::{memory::physical_address_bits, signals};
+use crate::sys::memory::physical_address_bits;
 use crate::{Error, SerialSpec, Spec};
 use bus::Bus;
 use end::End;
@@ -186,7 +187,8 @@ fn spawn<V: Vm>(inner: &Arc<Inner<V>>, vcpus: u32, state: &BootState) -> Result<
                 vcpu::body(inner, id, &state, &created, &go);
             }
         };
-        match signals::blocked(|| Builder::new().name(format!("vcpu{id}")).stack_size(STACK).spawn(body)) {
+        match with_signals_blocked(|| Builder::new().name(format!("vcpu{id}")).stack_size(STACK).spawn(body))
+        {
             Ok(thread) => threads.push(thread),
             Err(source) => {
                 failed = Some(Error::Thread { id, source });

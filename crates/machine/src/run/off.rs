@@ -12,7 +12,6 @@ use std::time::Duration;
 use krun_event::{Interest, Poll, Wake, Worker};
 
 use super::{End, Outcome};
-use crate::sys::signals;
 
 /// The first look comes after this, the others each after twice the time before.
 const FIRST: Duration = Duration::from_millis(25);
@@ -40,7 +39,7 @@ impl OffWatch {
                 tracing::warn!("a guest that turns itself off will not be noticed: {e}");
             }
         };
-        match signals::blocked(|| Worker::spawn("off-watch", on_panic, body)) {
+        match Worker::spawn("off-watch", on_panic, body) {
             Ok(new) => *worker = Some(new),
             Err(e) => tracing::warn!("a guest that turns itself off will not be noticed: {e}"),
         }

@@ -2,4 +2,3 @@
 
 pub mod library;
 pub mod memory;
-pub mod signals;

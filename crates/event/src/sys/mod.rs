@@ -1,0 +1,3 @@
+//! What needs the operating system by name.
+
+pub mod signals;
