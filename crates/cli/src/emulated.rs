@@ -5,10 +5,12 @@ use std::io::IsTerminal;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-use krun_lab::{Command, Engine, RawMode};
+use krun::{RawTerminal, terminal_size};
+use krun_lab::{Command, Engine, WindowSize};
 
 use crate::args::{Lab, Run};
-use crate::{exact, run, signals};
+use crate::signals::{Early, Session, Signals, Target};
+use crate::{exact, run};
 
 /// Where the emulated host's kernel may be given.
 const KERNEL_VARIABLE: &str = "KRUN_HOST_KERNEL";
@@ -73,15 +75,22 @@ pub fn lab(args: &Lab) -> Result<i32, String> {
 fn start(engine: &Engine, mut command: Command, writable: Vec<PathBuf>) -> Result<i32, String> {
     command.writable = writable;
     let terminal = std::io::stdin().is_terminal() && std::io::stdout().is_terminal();
-    command.terminal = terminal.then(|| krun_lab::window_size(std::io::stdout()).unwrap_or_default());
-    let signals = signals::Signals::catch().map_err(|e| format!("cannot prepare for signals: {e}"))?;
-    let raw = terminal.then(|| RawMode::enter(std::io::stdin())).transpose().map_err(|e| e.to_string())?;
+    command.terminal = terminal.then(|| {
+        let size = terminal_size(std::io::stdout()).unwrap_or_default();
+        WindowSize { rows: size.rows, cols: size.cols }
+    });
+    // While the emulated host boots there is nobody to give them to; QEMU ends with this process.
+    let signals = Signals::catch(Early::End).map_err(|e| format!("cannot prepare for signals: {e}"))?;
+    let fail = |e: std::io::Error| format!("the terminal cannot be put in raw mode: {e}");
+    let raw = if terminal { RawTerminal::new(std::io::stdin()).map_err(fail)? } else { None };
     let running = engine.run(command).map_err(|e| e.to_string())?;
-    let session = Arc::new(signals::Session { running, raw });
+    let session = Arc::new(Session { running, raw });
+    // Not earlier: until then Ctrl-C has to be a signal. The terminal may have another size by now.
+    session.resume();
     signals.forward_to(&session);
     let status = session.running.wait().map_err(|e| e.to_string());
     // Not left to the last owner, which may be the thread of signals.
-    session.raw.iter().for_each(RawMode::restore);
+    session.raw.iter().for_each(RawTerminal::restore);
     status
 }
 

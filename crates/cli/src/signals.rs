@@ -1,10 +1,11 @@
 //! Signals to this process belong to the program in the guest.
 
-use std::sync::{Arc, Weak};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 
-use krun::Vm;
-use krun_lab::{RawMode, Running, WindowSize};
+use krun::{RawTerminal, Vm, terminal_size};
+use krun_lab::{Running, WindowSize};
 use signal_hook::consts::{SIGCONT, SIGHUP, SIGINT, SIGQUIT, SIGTERM, SIGUSR1, SIGUSR2, SIGWINCH};
+use signal_hook::low_level::emulate_default_handler;
 
 /// This many INT or TERM end the machine itself, should the guest not listen.
 const PATIENCE: u32 = 3;
@@ -43,7 +44,7 @@ pub struct Session {
     /// The command.
     pub running: Running,
     /// This side of its terminal.
-    pub raw: Option<RawMode>,
+    pub raw: Option<RawTerminal>,
 }
 
 impl Target for Session {
@@ -56,11 +57,11 @@ impl Target for Session {
     }
     fn resume(&self) {
         let Some(raw) = &self.raw else { return };
-        if let Err(e) = raw.resume() {
-            eprintln!("krun: {e}");
+        if let Err(e) = raw.enter() {
+            eprintln!("krun: the terminal cannot be put in raw mode: {e}");
         }
-        if let Some(WindowSize { rows, cols }) = krun_lab::window_size(std::io::stdout()) {
-            self.resize(cols, rows);
+        if let Some(size) = terminal_size(std::io::stdout()) {
+            self.resize(size.cols, size.rows);
         }
     }
     fn kill(&self) {
@@ -68,46 +69,72 @@ impl Target for Session {
     }
 }
 
-/// Signals that arrive from now on, kept until there is somebody to give them to.
-pub struct Signals(signal_hook::iterator::Signals);
+/// What becomes of signals while there is nobody to give them to.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Early {
+    /// They are kept: there will be somebody in a moment.
+    Keep,
+    /// Those that ask this process to end do so at once.
+    End,
+}
+
+/// Signals that arrive from now on.
+pub struct Signals(Arc<Mutex<Stage>>);
+
+enum Stage {
+    Waiting(Early, Vec<i32>),
+    Given(Weak<dyn Target>, u32),
+}
 
 impl Signals {
-    /// Catches them.
-    pub fn catch() -> std::io::Result<Self> {
+    /// Catches them, on a thread that lives as long as this process.
+    pub fn catch(early: Early) -> std::io::Result<Self> {
         let list = [SIGHUP, SIGINT, SIGQUIT, SIGTERM, SIGUSR1, SIGUSR2, SIGWINCH, SIGCONT];
-        Ok(Self(signal_hook::iterator::Signals::new(list)?))
+        let mut signals = signal_hook::iterator::Signals::new(list)?;
+        let stage = Arc::new(Mutex::new(Stage::Waiting(early, Vec::new())));
+        let shared = Arc::clone(&stage);
+        std::thread::Builder::new()
+            .name("signals".into())
+            .spawn(move || signals.forever().for_each(|signal| arrived(&shared, signal)))?;
+        Ok(Self(stage))
     }
 
-    /// Gives them to the guest from a thread that lives as long as this process.
+    /// Gives them to `target`, those that were kept first.
     pub fn forward_to<T: Target>(self, target: &Arc<T>) {
-        let target = Arc::downgrade(target);
-        let spawned =
-            std::thread::Builder::new().name("signals".into()).spawn(move || forward(self.0, &target));
-        if let Err(e) = spawned {
-            eprintln!("krun: signals are not passed on: {e}");
+        let target: Weak<T> = Arc::downgrade(target);
+        let before = std::mem::replace(&mut *lock(&self.0), Stage::Given(target, 0));
+        if let Stage::Waiting(_, kept) = before {
+            kept.into_iter().for_each(|signal| arrived(&self.0, signal));
         }
     }
 }
 
-fn forward<T: Target>(mut signals: signal_hook::iterator::Signals, target: &Weak<T>) {
-    let mut insisted = 0;
-    for signal in signals.forever() {
-        let Some(target) = target.upgrade() else { return };
-        match signal {
-            SIGWINCH => {
-                if let Ok(size) = rustix::termios::tcgetwinsize(std::io::stdout()) {
-                    target.resize(size.ws_col, size.ws_row);
-                }
-            }
-            SIGCONT => target.resume(),
-            _ => {
-                insisted += u32::from(matches!(signal, SIGINT | SIGTERM));
-                if insisted < PATIENCE {
-                    target.signal(signal);
-                } else {
-                    target.kill();
-                }
+fn lock(stage: &Mutex<Stage>) -> MutexGuard<'_, Stage> {
+    stage.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+fn arrived(stage: &Mutex<Stage>, signal: i32) {
+    let (target, insisted) = match &mut *lock(stage) {
+        Stage::Waiting(Early::End, _) if matches!(signal, SIGHUP | SIGINT | SIGQUIT | SIGTERM) => {
+            // Does not come back, and whoever started this sees the signal.
+            let _ = emulate_default_handler(signal);
+            return;
+        }
+        Stage::Waiting(_, kept) => return kept.push(signal),
+        Stage::Given(target, insisted) => {
+            *insisted += u32::from(matches!(signal, SIGINT | SIGTERM));
+            (target.upgrade(), *insisted)
+        }
+    };
+    let Some(target) = target else { return };
+    match signal {
+        SIGWINCH => {
+            if let Some(size) = terminal_size(std::io::stdout()) {
+                target.resize(size.cols, size.rows);
             }
         }
+        SIGCONT => target.resume(),
+        _ if insisted < PATIENCE => target.signal(signal),
+        _ => target.kill(),
     }
 }

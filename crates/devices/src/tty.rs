@@ -1,11 +1,11 @@
 //! The host's terminal: its size, and raw mode that is always undone.
 //!
 //! No signal handler is installed here. A program that wants to follow `SIGWINCH` asks [`size`] and tells
-//! the console; one that was stopped and goes on (`SIGCONT`) calls [`RawTerminal::resume`].
+//! the console; one that was stopped and goes on (`SIGCONT`) calls [`RawTerminal::enter`] again.
 
 use std::io;
-use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::os::fd::{AsFd, OwnedFd};
+use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use rustix::termios::{OptionalActions, Termios, isatty, tcgetattr, tcgetpgrp, tcgetwinsize, tcsetattr};
 
@@ -25,63 +25,83 @@ pub fn in_background(fd: impl AsFd) -> bool {
     tcgetpgrp(fd).is_ok_and(|foreground| foreground != rustix::process::getpgrp())
 }
 
-/// A terminal in raw mode, for as long as this value lives.
-///
-/// A panic that unwinds drops the value; a program that ends in other ways calls [`RawTerminal::restore`]
-/// first, from any thread or from a signal handler.
+/// A terminal that is in raw mode while this process has it in the foreground, until [`RawTerminal::restore`] or
+/// the end of this value.
 #[derive(Debug)]
 pub struct RawTerminal {
     fd: OwnedFd,
-    before: Termios,
-    raw: Termios,
-    is_raw: AtomicBool,
+    state: Mutex<State>,
+}
+
+#[derive(Debug)]
+enum State {
+    /// Not ours so far.
+    Untouched,
+    Raw {
+        before: Box<Termios>,
+        raw: Box<Termios>,
+    },
+    /// Not ours any more.
+    Restored,
 }
 
 impl RawTerminal {
-    /// Switches `fd` to raw mode: every key reaches the reader at once and as it is. `None` if `fd` is no
-    /// terminal, or if this process is in the background and must leave the terminal alone.
+    /// The terminal behind `fd`, as it is for now. `None` if that is no terminal.
+    ///
+    /// # Errors
+    /// No descriptor is left.
+    pub fn new(fd: impl AsFd) -> io::Result<Option<Self>> {
+        if !isatty(&fd) {
+            return Ok(None);
+        }
+        Ok(Some(Self { fd: fd.as_fd().try_clone_to_owned()?, state: Mutex::new(State::Untouched) }))
+    }
+
+    /// Switches to raw mode: every key reaches the reader at once and as it is. Also for when the shell may have
+    /// set its own mode meanwhile: this process was stopped, or in the background. Nothing in the background, where
+    /// the terminal is another's, and nothing after [`RawTerminal::restore`].
     ///
     /// # Errors
     /// The terminal's mode cannot be read or set.
-    pub fn enter(fd: impl AsFd) -> io::Result<Option<Self>> {
-        if !isatty(&fd) || in_background(&fd) {
-            return Ok(None);
+    pub fn enter(&self) -> io::Result<()> {
+        let mut state = self.lock();
+        if in_background(&self.fd) {
+            return Ok(());
         }
-        let before = tcgetattr(&fd)?;
-        let mut raw = before.clone();
-        raw.make_raw();
-        let terminal =
-            Self { fd: fd.as_fd().try_clone_to_owned()?, before, raw, is_raw: AtomicBool::new(false) };
-        terminal.set(&terminal.raw)?;
-        terminal.is_raw.store(true, Ordering::Release);
-        Ok(Some(terminal))
+        if let State::Untouched = *state {
+            let before = tcgetattr(&self.fd)?;
+            let mut raw = before.clone();
+            raw.make_raw();
+            *state = State::Raw { before: Box::new(before), raw: Box::new(raw) };
+        }
+        if let State::Raw { raw, .. } = &*state { self.set(raw) } else { Ok(()) }
     }
 
-    /// Puts the terminal back exactly as it was. Once is enough; more do no harm. Async-signal-safe.
+    /// Puts the terminal back exactly as it was, for good.
     ///
     /// In the background nothing is done: the shell has set the terminal up for whoever has it now.
     pub fn restore(&self) {
-        if self.is_raw.swap(false, Ordering::AcqRel) && !in_background(&self.fd) {
+        let mut state = self.lock();
+        if let State::Raw { before, .. } = std::mem::replace(&mut *state, State::Restored)
+            && !in_background(&self.fd)
+        {
             // A terminal that is gone cannot be restored and needs no restoring.
-            let _ = self.set(&self.before);
+            let _ = self.set(&before);
         }
     }
 
-    /// Sets raw mode again after the process was stopped and continued in the foreground, the shell
-    /// having set its own mode in between. Nothing after [`RawTerminal::restore`].
-    ///
-    /// # Errors
-    /// The terminal's mode cannot be set.
-    pub fn resume(&self) -> io::Result<()> {
-        if self.is_raw.load(Ordering::Acquire) && !in_background(&self.fd) {
-            self.set(&self.raw)?;
-        }
-        Ok(())
+    /// Whether another process group has it in the foreground.
+    pub fn is_in_background(&self) -> bool {
+        in_background(&self.fd)
     }
 
-    /// The terminal.
-    pub fn fd(&self) -> BorrowedFd<'_> {
-        self.fd.as_fd()
+    /// Its size, if it has one.
+    pub fn size(&self) -> Option<TerminalSize> {
+        size(&self.fd)
+    }
+
+    fn lock(&self) -> MutexGuard<'_, State> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     fn set(&self, mode: &Termios) -> io::Result<()> {
@@ -108,6 +128,12 @@ mod tests {
         format!("{:?}", tcgetattr(fd).unwrap())
     }
 
+    fn raw(fd: &OwnedFd) -> RawTerminal {
+        let terminal = RawTerminal::new(fd).unwrap().unwrap();
+        terminal.enter().unwrap();
+        terminal
+    }
+
     #[test]
     fn raw_and_back_exactly() {
         let (_master, slave) = pty();
@@ -116,7 +142,7 @@ mod tests {
         odd.local_modes.remove(LocalModes::ECHOE);
         tcsetattr(&slave, OptionalActions::Now, &odd).unwrap();
         let before = modes(&slave);
-        let raw = RawTerminal::enter(&slave).unwrap().unwrap();
+        let raw = raw(&slave);
         let now = tcgetattr(&slave).unwrap();
         assert!(!now.local_modes.intersects(LocalModes::ICANON | LocalModes::ECHO | LocalModes::ISIG));
         assert!(!now.output_modes.contains(OutputModes::OPOST));
@@ -125,23 +151,28 @@ mod tests {
     }
 
     #[test]
-    fn restore_happens_once_and_resume_not_after_it() {
+    fn restore_happens_once_and_nothing_after_it() {
         let (_master, slave) = pty();
-        let before = modes(&slave);
-        let raw = RawTerminal::enter(&slave).unwrap().unwrap();
-        let while_raw = modes(&slave);
+        let before = tcgetattr(&slave).unwrap();
+        let untouched = RawTerminal::new(&slave).unwrap().unwrap();
+        let terminal = raw(&slave);
+        let while_raw = tcgetattr(&slave).unwrap();
+        untouched.restore();
+        drop(untouched);
+        assert_eq!(modes(&slave), format!("{while_raw:?}"), "it never was raw by this one");
         // A shell that took the terminal over while we were stopped.
-        tcsetattr(&slave, OptionalActions::Now, &raw.before).unwrap();
-        raw.resume().unwrap();
-        assert_eq!(modes(&slave), while_raw);
-        raw.restore();
-        assert_eq!(modes(&slave), before);
+        tcsetattr(&slave, OptionalActions::Now, &before).unwrap();
+        terminal.enter().unwrap();
+        assert_eq!(modes(&slave), format!("{while_raw:?}"));
+        terminal.restore();
+        assert_eq!(modes(&slave), format!("{before:?}"));
         // From here on the terminal is not ours.
-        tcsetattr(&slave, OptionalActions::Now, &raw.raw).unwrap();
-        raw.restore();
-        raw.resume().unwrap();
-        drop(raw);
-        assert_eq!(modes(&slave), while_raw);
+        terminal.enter().unwrap();
+        assert_eq!(modes(&slave), format!("{before:?}"));
+        tcsetattr(&slave, OptionalActions::Now, &while_raw).unwrap();
+        terminal.restore();
+        drop(terminal);
+        assert_eq!(modes(&slave), format!("{while_raw:?}"));
     }
 
     #[test]
@@ -150,7 +181,7 @@ mod tests {
         let before = modes(&slave);
         let fd = slave.try_clone().unwrap();
         let thread = std::thread::spawn(move || {
-            let _raw = RawTerminal::enter(&fd).unwrap().unwrap();
+            let _raw = raw(&fd);
             std::panic::resume_unwind(Box::new("on purpose"));
         });
         assert!(thread.join().is_err());
@@ -160,7 +191,7 @@ mod tests {
     #[test]
     fn what_is_no_terminal_is_left_alone() {
         let (r, _w) = std::io::pipe().unwrap();
-        assert!(RawTerminal::enter(&r).unwrap().is_none());
+        assert!(RawTerminal::new(&r).unwrap().is_none());
         assert_eq!(size(&r), None);
         assert!(!in_background(&r));
     }
@@ -177,7 +208,7 @@ mod tests {
     #[test]
     fn a_terminal_that_hung_up_is_no_trouble() {
         let (master, slave) = pty();
-        let raw = RawTerminal::enter(&slave).unwrap().unwrap();
+        let raw = raw(&slave);
         drop(master);
         raw.restore();
     }

@@ -11,6 +11,7 @@ use krun_devices::console::{ConsoleHandle, ConsoleSpec, MAX_PORTS, PortSpec};
 use krun_devices::fs::{self, ExitCode, FsSpec};
 use krun_devices::input;
 use krun_devices::rng::Rng;
+use krun_devices::tty::RawTerminal;
 use krun_machine::{SerialSpec, Spec};
 use krun_virtio::VirtioDevice;
 use krun_wire as wire;
@@ -27,7 +28,7 @@ pub struct Parts {
     pub control: Option<UnixStream>,
     pub consoles: Vec<ConsoleHandle>,
     /// Terminals to put in raw mode while the VM runs.
-    pub terminals: Vec<OwnedFd>,
+    pub terminals: Vec<Arc<RawTerminal>>,
     pub balloon: Option<BalloonHandle>,
     pub disks: Vec<BlockHandle>,
 }
@@ -36,8 +37,17 @@ pub struct Parts {
 #[derive(Default)]
 struct Ports {
     list: Vec<PortSpec>,
-    terminals: Vec<OwnedFd>,
+    terminals: Vec<Arc<RawTerminal>>,
     stdio: wire::Stdio,
+}
+
+impl Ports {
+    /// Notes a terminal to be put in raw mode.
+    fn raw(&mut self, fd: &OwnedFd) -> Result<Option<Arc<RawTerminal>>, Error> {
+        let terminal = RawTerminal::new(fd).map_err(|source| Error::Terminal { source })?.map(Arc::new);
+        self.terminals.extend(terminal.clone());
+        Ok(terminal)
+    }
 }
 
 fn duplicate(fd: &OwnedFd) -> Result<OwnedFd, Error> {
@@ -70,7 +80,7 @@ fn standard(
         if session && tty {
             match n {
                 0 => {
-                    ports.terminals.push(duplicate(&fd)?);
+                    console.terminal = ports.raw(&fd)?;
                     console.input = Some(fd);
                 }
                 1 => console.output = Some(fd),
@@ -93,9 +103,8 @@ fn named(described: Vec<Port>) -> Result<Ports, Error> {
     for port in described {
         let spec = match port {
             Port::Terminal { name, tty } => {
-                ports.terminals.push(duplicate(&tty)?);
-                let output = duplicate(&tty)?;
-                PortSpec { name, ..PortSpec::console(Some(tty), Some(output), None) }
+                let (terminal, output) = (ports.raw(&tty)?, duplicate(&tty)?);
+                PortSpec { name, terminal, ..PortSpec::console(Some(tty), Some(output), None) }
             }
             Port::Stream { name, input, output } => PortSpec::stream(name, input, output),
         };
@@ -244,7 +253,7 @@ pub fn assemble(mut config: VmConfig) -> Result<Parts, Error> {
     Ok(Parts { spec, devices, exit_code, control: host_end, consoles: handles, terminals, balloon, disks })
 }
 
-type Consoles = (Vec<Box<dyn VirtioDevice>>, Vec<ConsoleHandle>, Vec<OwnedFd>, wire::Stdio);
+type Consoles = (Vec<Box<dyn VirtioDevice>>, Vec<ConsoleHandle>, Vec<Arc<RawTerminal>>, wire::Stdio);
 
 /// The console devices. One of them also carries the control port.
 fn consoles(config: &mut VmConfig, mut control: Option<UnixStream>) -> Result<Consoles, Error> {

@@ -38,9 +38,11 @@ pub use disk::{BlockError, Disk, DiskFormat, RootDisk, SyncMode};
 pub use error::Error;
 pub use input::Input;
 pub use krun_devices::balloon::{BalloonError, MemoryStats};
+pub use krun_devices::console::TerminalSize;
 pub use krun_devices::input::{
     AxisInfo, DeviceIds, InputConfig, InputEvent, InputSender, InputSource, QueueFull,
 };
+pub use krun_devices::tty::{RawTerminal, size as terminal_size};
 pub use krun_machine::boot::smbios::{OemStringError, check as check_oem_strings};
 pub use krun_machine::{ExitCounts, Outcome, with_signals_blocked};
 pub use krun_wire::{EXIT_NOT_EXECUTABLE, EXIT_NOT_FOUND, EXIT_SETUP};

@@ -8,7 +8,7 @@ use std::time::Duration;
 use krun_devices::balloon::BalloonHandle;
 use krun_devices::block::BlockHandle;
 use krun_devices::fs::ExitCode;
-use krun_devices::tty::{self, RawTerminal};
+use krun_devices::tty::RawTerminal;
 use krun_machine::{ExitCounts, Machine, Outcome, Running};
 use krun_wire::{FrameReader, ToGuest, ToHost, encode_frame};
 
@@ -43,7 +43,7 @@ pub struct Vm {
     consoles: Vec<krun_devices::console::ConsoleHandle>,
     pub(crate) balloon: Option<BalloonHandle>,
     pub(crate) disks: Vec<BlockHandle>,
-    terminals: Mutex<Vec<RawTerminal>>,
+    terminals: Vec<Arc<RawTerminal>>,
     result: Mutex<Option<Result<ExitStatus, Arc<Error>>>>,
 }
 
@@ -56,21 +56,18 @@ impl Vm {
         let Parts { spec, devices, exit_code, control, consoles, terminals, balloon, disks } =
             assemble(config)?;
         let running = Machine::start(spec, devices)?;
-        let terminals = terminals
-            .iter()
-            .filter_map(|fd| RawTerminal::enter(fd).transpose())
-            .collect::<std::io::Result<Vec<_>>>()
-            .map_err(|source| Error::Terminal { source })?;
-        Ok(Self {
+        let vm = Self {
             running,
             exit_code,
             control: control.map(Mutex::new),
             consoles,
             balloon,
             disks,
-            terminals: Mutex::new(terminals),
+            terminals,
             result: Mutex::new(None),
-        })
+        };
+        vm.enter_raw_mode()?;
+        Ok(vm)
     }
 
     /// Waits for the end of the workload and of the machine.
@@ -172,22 +169,23 @@ impl Vm {
     /// # Errors
     /// [`Error::Terminal`].
     pub fn resume_terminals(&self) -> Result<(), Error> {
-        let terminals = self.terminals.lock().unwrap_or_else(PoisonError::into_inner);
         for console in &self.consoles {
             console.refresh();
         }
-        for terminal in terminals.iter() {
-            terminal.resume().map_err(|source| Error::Terminal { source })?;
-            if let Some(size) = tty::size(terminal.fd()) {
-                self.resize(size.cols, size.rows);
-            }
+        self.enter_raw_mode()?;
+        for size in self.terminals.iter().filter_map(|t| t.size()) {
+            self.resize(size.cols, size.rows);
         }
         Ok(())
     }
 
+    fn enter_raw_mode(&self) -> Result<(), Error> {
+        self.terminals.iter().try_for_each(|t| t.enter()).map_err(|source| Error::Terminal { source })
+    }
+
     /// Gives the host's terminals back as they were. Done by `wait` and on drop too.
     pub fn restore_terminals(&self) {
-        self.terminals.lock().unwrap_or_else(PoisonError::into_inner).clear();
+        self.terminals.iter().for_each(|t| t.restore());
     }
 
     /// How often the virtual processors came back to this process so far, by reason.

@@ -24,7 +24,6 @@ mod running;
 mod streams;
 mod sys;
 mod template;
-mod terminal;
 
 use std::path::{Path, PathBuf};
 
@@ -34,7 +33,6 @@ pub use exact::{Exact, ExactFile, Source};
 pub use krun_wire::host::WindowSize;
 pub use qemu::WRITABLE_SLOTS;
 pub use running::Running;
-pub use terminal::{RawMode, window_size};
 
 /// What the emulated host is made of.
 #[derive(Debug, Clone)]

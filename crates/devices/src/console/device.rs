@@ -227,7 +227,13 @@ impl Console {
     /// Tries terminals again that were in the background.
     fn retry(&mut self, cx: &mut Cx<'_>) -> Result<(), DeviceError> {
         for id in 0..self.ports.len() {
-            self.ports[id].unpark();
+            // Its size may have changed meanwhile.
+            if let Some(size) = self.ports[id].unpark()
+                && self.shared.size(id) != Some(size)
+            {
+                self.shared.set_size(id, size);
+                self.shared.wake.wake();
+            }
             self.input(id, cx)?;
         }
         Ok(())

@@ -530,6 +530,7 @@ fn the_driver_notifies_for_half_a_ring_not_for_each_buffer() {
 fn a_terminal_in_the_background_waits() {
     use crate::sys::signals;
     use crate::tty::{RawTerminal, in_background};
+    use rustix::termios::{OptionalActions, Winsize, tcgetattr, tcsetattr, tcsetwinsize};
     use std::os::unix::process::CommandExt;
     use std::process::Command;
     const CHILD: &str = "KRUN_TEST_BACKGROUND";
@@ -554,9 +555,14 @@ fn a_terminal_in_the_background_waits() {
     };
     set_foreground(rustix::process::Pid::from_child(&other));
     assert!(in_background(&mine));
-    assert!(RawTerminal::enter(&mine).unwrap().is_none());
+    let mode = || format!("{:?}", tcgetattr(&mine).unwrap());
+    let (before, cooked) = (mode(), tcgetattr(&mine).unwrap());
+    let terminal = Arc::new(RawTerminal::new(&mine).unwrap().unwrap());
+    terminal.enter().unwrap();
+    assert_eq!(mode(), before, "it is another's");
     signals::block(libc::SIGTTIN);
     let spec = PortSpec::console(Some(mine.try_clone().unwrap()), None, None);
+    let spec = PortSpec { terminal: Some(Arc::clone(&terminal)), ..spec };
     let c = Console::new(ConsoleSpec { ports: vec![spec] }).unwrap();
     let handle = c.handle();
     let mut g = Guest::of(c);
@@ -569,11 +575,18 @@ fn a_terminal_in_the_background_waits() {
         assert!(g.told().is_empty(), "no hang-up");
         assert_eq!(g.h.poll(SOON).unwrap(), 1, "but a try now and then");
     }
+    tcsetwinsize(&keys, Winsize { ws_row: 21, ws_col: 67, ws_xpixel: 0, ws_ypixel: 0 }).unwrap();
     set_foreground(rustix::process::getpgrp());
     handle.refresh();
     g.poll();
     assert_eq!(g.receive(0, true), b"hello\n");
+    let raw = mode();
+    assert_ne!(raw, before);
+    g.poll();
+    assert_eq!(g.events(), [(0, RESIZE, 0)]);
+    // Another job's turn, for which the shell has its own mode.
     set_foreground(rustix::process::Pid::from_child(&other));
+    signals::with_blocked(libc::SIGTTOU, || tcsetattr(&mine, OptionalActions::Now, &cooked)).unwrap();
     keys.write_all(b"again\n").unwrap();
     g.h.poll(SOON).unwrap();
     assert!(g.receive(0, true).is_empty());
@@ -588,6 +601,9 @@ fn a_terminal_in_the_background_waits() {
         std::thread::sleep(RETRY_AFTER / 20);
     }
     assert_eq!(got, b"again\n");
+    assert_eq!(mode(), raw, "without being told");
+    terminal.restore();
+    assert_eq!(mode(), before);
     // Late by now, and for nobody.
     g.h.poll(SOON.min(2 * RETRY_AFTER)).unwrap();
     assert_eq!(g.poll(), 0);

@@ -4,13 +4,15 @@
 
 use std::collections::VecDeque;
 use std::os::fd::AsFd;
+use std::sync::Arc;
 
 use krun_event::Interest;
 use krun_memory::VolatileSlice;
 use krun_virtio::{Chain, Cx, DeviceError};
 
-use super::spec::PortSpec;
+use super::spec::{PortSpec, TerminalSize};
 use super::stream::{Direction, Read, Stream};
+use crate::tty::RawTerminal;
 
 /// Guest buffers filled by one call of the host, and bytes.
 const BATCH: usize = 16;
@@ -53,6 +55,7 @@ pub struct Port {
     console: bool,
     input: Option<Stream>,
     output: Option<Stream>,
+    terminal: Option<Arc<RawTerminal>>,
     /// The end of the VM waits for the output.
     waited_for: bool,
     /// Open in the guest: a closed port throws away what it gets.
@@ -94,6 +97,7 @@ impl Port {
             console,
             input: spec.input.map(|fd| Stream::new(fd, Direction::Input)),
             output: spec.output.map(|fd| Stream::new(fd, Direction::Output)),
+            terminal: spec.terminal,
             waited_for: spec.waited_for,
             open: false,
             rx: Rx::default(),
@@ -135,9 +139,16 @@ impl Port {
         self.rx.parked
     }
 
-    /// The process is in the foreground again, perhaps.
-    pub fn unpark(&mut self) {
-        self.rx.parked = false;
+    /// The process is in the foreground again, perhaps. Returns the size that its terminal then has.
+    pub fn unpark(&mut self) -> Option<TerminalSize> {
+        if !std::mem::take(&mut self.rx.parked) {
+            return None;
+        }
+        let terminal = self.terminal.as_ref().filter(|t| !t.is_in_background())?;
+        if let Err(e) = terminal.enter() {
+            tracing::warn!("console port {}: no raw mode: {e}", self.id);
+        }
+        terminal.size()
     }
 
     /// Stops all traffic: input is left where it is, output is thrown away.

@@ -2,8 +2,9 @@
 
 use std::io;
 use std::os::fd::{AsFd, OwnedFd};
+use std::sync::Arc;
 
-use crate::tty;
+use crate::tty::{self, RawTerminal};
 
 /// Most ports of one device.
 pub const MAX_PORTS: usize = 32;
@@ -52,18 +53,20 @@ pub struct PortSpec {
     /// The end of the VM waits until all output has been taken. Not to be set where the one who takes it
     /// is this process, and looks only after the end: a guest that fills the port would keep the VM for ever.
     pub waited_for: bool,
+    /// The terminal of a console, to be in raw mode whenever this process has it in the foreground.
+    pub terminal: Option<Arc<RawTerminal>>,
 }
 
 impl PortSpec {
     /// A terminal.
     pub fn console(input: Option<OwnedFd>, output: Option<OwnedFd>, size: Option<TerminalSize>) -> Self {
         let kind = PortKind::Console { size };
-        Self { name: String::new(), kind, input, output, waited_for: true }
+        Self { name: String::new(), kind, input, output, waited_for: true, terminal: None }
     }
 
     /// A named byte stream.
     pub fn stream(name: impl Into<String>, input: Option<OwnedFd>, output: Option<OwnedFd>) -> Self {
-        Self { name: name.into(), kind: PortKind::Stream, input, output, waited_for: true }
+        Self { name: name.into(), kind: PortKind::Stream, input, output, waited_for: true, terminal: None }
     }
 
     /// A named byte stream over a socket, in both directions.

@@ -144,7 +144,8 @@ fn a_master_is_not_opened_again() {
 fn a_terminal_nobody_reads_takes_nothing_at_some_point() {
     for with in [|fd| Stream::new(fd, Direction::Output), polled] {
         let (_master, slave) = pty();
-        let raw = crate::tty::RawTerminal::enter(&slave).unwrap().unwrap();
+        let raw = crate::tty::RawTerminal::new(&slave).unwrap().unwrap();
+        raw.enter().unwrap();
         let s = with(slave);
         let mut sent = 0;
         while let Some(n) = write(&s, &[b'x'; 200]).unwrap() {
