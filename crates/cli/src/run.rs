@@ -22,7 +22,8 @@ pub fn run(args: &Run, verbose: bool) -> Result<i32, String> {
     if let Err(e) = krun::raise_open_file_limit() {
         tracing::warn!("the limit of open files stays: {e}");
     }
-    let signals = signals::Signals::catch(signals::Early::Keep).map_err(|e| format!("cannot prepare for signals: {e}"))?;
+    let signals = signals::Signals::catch(signals::Early::Keep)
+        .map_err(|e| format!("cannot prepare for signals: {e}"))?;
     let vm = Arc::new(Vm::start(config).map_err(|e| e.to_string())?);
     signals.forward_to(&vm);
     let status = vm.wait().map_err(|e| e.to_string())?;
