@@ -10,12 +10,15 @@
 
 mod cases;
 mod harness;
+mod watch;
 
 use std::path::PathBuf;
 use std::process::ExitCode;
+use std::thread;
 use std::time::Instant;
 
 use harness::{Case, Env, Failure};
+use watch::{Progress, Watch};
 
 fn main() -> ExitCode {
     let mut words = std::env::args_os().skip(1);
@@ -45,12 +48,13 @@ struct Options {
     env: Env,
     shard: (usize, usize),
     names: Vec<String>,
+    progress: Progress,
 }
 
 impl Options {
     fn parse(words: &[std::ffi::OsString]) -> Result<Self, String> {
         let (mut root, mut kernel, mut krun, mut chroot_vm) = (None, None, None, None);
-        let (mut shard, mut names) = ((0, 1), Vec::new());
+        let (mut shard, mut names, mut progress) = ((0, 1), Vec::new(), Progress::default());
         let mut words = words.iter();
         while let Some(word) = words.next() {
             let option = word.to_str().ok_or("options are UTF-8")?;
@@ -65,6 +69,10 @@ impl Options {
                 "--kernel" => kernel = path,
                 "--krun" => krun = path,
                 "--chroot-vm" => chroot_vm = path,
+                "--progress" => {
+                    let text = value.to_str().unwrap_or_default();
+                    progress = Progress::parse(text).ok_or("--progress is of this program's own making")?;
+                }
                 "--shard" => {
                     let text = value.to_str().unwrap_or_default();
                     let (i, n) = text.split_once('/').ok_or("--shard I/N")?;
@@ -74,7 +82,7 @@ impl Options {
             }
         }
         let root = root.ok_or("--root is missing")?;
-        Ok(Self { env: Env::new(root, kernel, krun, chroot_vm)?, shard, names })
+        Ok(Self { env: Env::new(root, kernel, krun, chroot_vm)?, shard, names, progress })
     }
 
     fn wants(&self, index: usize, case: &Case) -> bool {
@@ -87,36 +95,50 @@ fn host(options: &Options) -> ExitCode {
     if let Err(e) = krun::raise_open_file_limit() {
         println!("the limit of open files stays: {e}");
     }
-    let (mut passed, mut failed, mut skipped) = (0u32, 0u32, 0u32);
-    for (_, case) in cases::ALL.iter().enumerate().filter(|(i, c)| options.wants(*i, c)) {
+    let watch = match Watch::new() {
+        Ok(watch) => watch,
+        Err(e) => return usage(&format!("cannot start a thread: {e}")),
+    };
+    let mut progress = options.progress;
+    let cases = cases::ALL.iter().enumerate().skip(progress.next);
+    for (index, case) in cases.filter(|(i, c)| options.wants(*i, c)) {
+        if progress.given_up() {
+            println!("vm test {} ... FAILED: not run, as others hung", case.name);
+            progress.failed += 1;
+            continue;
+        }
+        progress.next = index;
+        watch.begin(case.name, progress);
         let start = Instant::now();
         let result = std::panic::catch_unwind(|| (case.host)(&options.env));
-        let took = start.elapsed().as_secs_f64();
-        match result {
-            Ok(Ok(())) => {
-                passed += 1;
-                println!("vm test {} ... ok ({took:.1} s)", case.name);
-            }
-            Ok(Err(Failure::Skip(why))) => {
-                skipped += 1;
-                println!("vm test {} ... skipped: {why}", case.name);
-            }
-            Ok(Err(Failure::Wrong(why))) => {
-                failed += 1;
-                println!(
-                    "vm test {} ... FAILED ({took:.1} s)\n    {}",
-                    case.name,
-                    why.replace('\n', "\n    ")
-                );
-            }
-            Err(_) => {
-                failed += 1;
-                println!("vm test {} ... FAILED ({took:.1} s): panicked", case.name);
-            }
-        }
+        watch.end();
+        report(case.name, start.elapsed().as_secs_f64(), result, &mut progress);
     }
+    let Progress { passed, failed, skipped, .. } = progress;
     println!("vm tests: {passed} passed, {failed} failed, {skipped} skipped");
     ExitCode::from(u8::from(failed > 0))
+}
+
+/// Prints and counts how a case ended.
+fn report(name: &str, took: f64, result: thread::Result<Result<(), Failure>>, progress: &mut Progress) {
+    match result {
+        Ok(Ok(())) => {
+            progress.passed += 1;
+            println!("vm test {name} ... ok ({took:.1} s)");
+        }
+        Ok(Err(Failure::Skip(why))) => {
+            progress.skipped += 1;
+            println!("vm test {name} ... skipped: {why}");
+        }
+        Ok(Err(Failure::Wrong(why))) => {
+            progress.failed += 1;
+            println!("vm test {name} ... FAILED ({took:.1} s)\n    {}", why.replace('\n', "\n    "));
+        }
+        Err(_) => {
+            progress.failed += 1;
+            println!("vm test {name} ... FAILED ({took:.1} s): panicked");
+        }
+    }
 }
 
 fn guest(words: &[std::ffi::OsString]) -> ExitCode {

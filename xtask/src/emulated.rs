@@ -1,8 +1,12 @@
 //! The emulated host, as the `krun` command offers it.
 
 use std::ffi::OsString;
+use std::io::{BufRead, BufReader};
 use std::path::{Path, PathBuf};
-use std::process::{Command, Stdio};
+use std::process::{Command, ExitStatus, Stdio};
+use std::sync::mpsc::{self, RecvTimeoutError};
+use std::thread;
+use std::time::{Duration, Instant};
 
 use crate::{kernel, packages};
 
@@ -45,30 +49,65 @@ impl Lab {
         words: &[OsString],
         env: &[(OsString, OsString)],
         writable: &[PathBuf],
-    ) -> Result<(std::process::ExitStatus, String), String> {
+    ) -> Result<(ExitStatus, String), String> {
+        let mut text = String::new();
+        let status = self.lines(words, env, writable, None, |line| {
+            text.push_str(line);
+            text.push('\n');
+        })?;
+        Ok((status, text))
+    }
+
+    /// Runs `words` there for at most `limit`, with each line that it prints given to `line` at once;
+    /// errors go to standard error. Gives back how it ended; at the limit it is killed.
+    ///
+    /// # Errors
+    /// The command could not be started.
+    pub fn lines(
+        &self,
+        words: &[OsString],
+        env: &[(OsString, OsString)],
+        writable: &[PathBuf],
+        limit: Option<Duration>,
+        mut line: impl FnMut(&str),
+    ) -> Result<ExitStatus, String> {
         let mut command = self.command();
         for dir in writable {
             command.arg("--writable").arg(dir);
         }
-        let out = command
-            .arg("--")
-            .args(words)
-            .envs(env.iter().cloned())
-            .stderr(Stdio::inherit())
-            .output()
-            .map_err(|e| format!("{}: {e}", self.krun.display()))?;
-        Ok((out.status, String::from_utf8_lossy(&out.stdout).into_owned()))
+        let failed = |e| format!("{}: {e}", self.krun.display());
+        command.arg("--").args(words).envs(env.iter().cloned()).stdout(Stdio::piped());
+        let mut child = command.spawn().map_err(failed)?;
+        let (tell, told) = mpsc::channel();
+        let out = child.stdout.take();
+        let reader = thread::spawn(move || {
+            let lines = out.into_iter().flat_map(|out| BufReader::new(out).split(b'\n'));
+            // The other side is gone only after a kill.
+            lines.map_while(Result::ok).map_while(|line| tell.send(line).ok()).for_each(drop);
+        });
+        let end = limit.map(|limit| Instant::now() + limit);
+        loop {
+            let left = end.map_or(Duration::MAX, |end| end.saturating_duration_since(Instant::now()));
+            match told.recv_timeout(left) {
+                Ok(bytes) => line(&String::from_utf8_lossy(&bytes)),
+                Err(RecvTimeoutError::Disconnected) => break,
+                Err(RecvTimeoutError::Timeout) => {
+                    line(&format!("killed after {} s", limit.unwrap_or_default().as_secs()));
+                    child.kill().map_err(failed)?;
+                    break;
+                }
+            }
+        }
+        let status = child.wait().map_err(failed)?;
+        let _ = reader.join();
+        Ok(status)
     }
 
     /// Runs `words` bit-exact, in a system of nothing but their program and `files` (`krun lab --exact`).
     ///
     /// # Errors
     /// The command could not be started.
-    pub fn exact(
-        &self,
-        words: &[OsString],
-        files: &[String],
-    ) -> Result<(std::process::ExitStatus, String), String> {
+    pub fn exact(&self, words: &[OsString], files: &[String]) -> Result<(ExitStatus, String), String> {
         let mut command = self.command();
         command.arg("--exact");
         for file in files {
