@@ -9,9 +9,11 @@ use std::thread;
 
 use krun::{Error, Kernel, KernelFormat, Outcome, Serial, Vm, VmConfig};
 
-use crate::harness::{Case, Env, Failure, TempDir, contains, no_guest, same};
+use crate::harness::{Case, Env, Failure, TempDir, contains, no_guest, run as run_guest, same};
 
 pub const CASE: Case = Case { name: "bare", host, guest: no_guest };
+/// SMBIOS tables as Linux finds them.
+pub const SMBIOS_IN_LINUX: Case = Case { name: "smbios", host: tables, guest: no_guest };
 
 /// Where the program lies, and is entered in 64-bit mode.
 const AT: u64 = 16 << 20;
@@ -126,4 +128,17 @@ fn host(_: &Env) -> Result<(), Failure> {
     let dir = TempDir::new("bare")?;
     same("output of a triple fault", run(dir.path(), &TRIPLE_FAULT, |_| {})?, Vec::new())?;
     smbios(dir.path())
+}
+
+/// A Linux guest finds the tables and their strings.
+fn tables(env: &Env) -> Result<(), Failure> {
+    let script = "test -d /sys/firmware/dmi || exit 9; cat /sys/firmware/dmi/tables/DMI";
+    let mut config = env.shell(script);
+    config.oem_strings = vec!["io.systemd.credential:motd=hello".into()];
+    let output = run_guest(config)?;
+    if output.code == 9 {
+        return Err(Failure::Skip("this guest's kernel reads no SMBIOS tables (CONFIG_DMI)".into()));
+    }
+    let output = output.success()?;
+    contains("the guest's tables", &output.out(), "io.systemd.credential:motd=hello")
 }

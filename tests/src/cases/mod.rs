@@ -55,6 +55,7 @@ pub const ALL: &[Case] = &[
     balloon::CASE,
     input::CASE,
     bare::CASE,
+    bare::SMBIOS_IN_LINUX,
     disk::CASE,
     disk::SIZE,
     disk::FORMATS,
