@@ -7,6 +7,7 @@ pub mod console;
 pub mod fs;
 pub mod input;
 pub mod legacy;
+pub mod net;
 pub mod rng;
 mod sys;
 pub mod tty;

@@ -144,6 +144,11 @@ impl<'a> Cx<'a> {
         self.queues.len()
     }
 
+    /// Entries of `queue`, as many as the driver wants; 0 when it left the queue disabled.
+    pub fn queue_size(&self, queue: usize) -> u16 {
+        self.queues[queue].size()
+    }
+
     /// Takes the next chain that the driver made available; `None` when there is none, or the driver
     /// left the queue disabled. Also when the callback has taken as many as the queue holds: the worker
     /// then goes on in another callback, so that a driver that adds without end does not keep it from
@@ -171,6 +176,21 @@ impl<'a> Cx<'a> {
         let memory = self.memory;
         self.queues[queue]
             .complete(memory, chain, written)
+            .map_err(|source| DeviceError::Queue { queue, source })
+    }
+
+    /// Gives several chains back, each with the bytes stored in it. The driver sees all of them at once.
+    ///
+    /// # Errors
+    /// As for [`Cx::complete`].
+    pub fn complete_together(
+        &mut self,
+        queue: usize,
+        chains: impl IntoIterator<Item = (Chain, u32)>,
+    ) -> Result<(), DeviceError> {
+        let memory = self.memory;
+        self.queues[queue]
+            .complete_together(memory, chains)
             .map_err(|source| DeviceError::Queue { queue, source })
     }
 

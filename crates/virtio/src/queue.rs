@@ -323,17 +323,34 @@ impl Queue {
     /// # Errors
     /// The ring cannot be written, or the chain is not from here.
     pub fn complete(&mut self, memory: &GuestMemory, chain: Chain, written: u32) -> Result<(), QueueError> {
-        let head = chain.head;
-        let Some(ring) = self.ring else { return Err(QueueError::NotTaken { head }) };
-        if self.in_use() == 0 {
-            return Err(QueueError::NotTaken { head });
+        self.complete_together(memory, [(chain, written)])
+    }
+
+    /// Puts several chains in the used ring, each with the bytes stored in it. The driver sees all of them at once.
+    ///
+    /// # Errors
+    /// As for [`Queue::complete`].
+    pub fn complete_together(
+        &mut self,
+        memory: &GuestMemory,
+        chains: impl IntoIterator<Item = (Chain, u32)>,
+    ) -> Result<(), QueueError> {
+        let mut next = self.state.next_used;
+        for (chain, written) in chains {
+            let (head, room) = (chain.head, chain.writable_len());
+            let (Some(ring), true) = (self.ring, self.state.next_avail != next) else {
+                return Err(QueueError::NotTaken { head });
+            };
+            debug_assert!(written <= room, "{written} bytes stored in {room}");
+            ring.put_used(memory, next, head, written.min(room))?;
+            next = next.wrapping_add(1);
         }
-        let room = chain.writable_len();
-        debug_assert!(written <= room, "{written} bytes stored in {room}");
-        ring.put_used(memory, self.state.next_used, head, written.min(room))?;
-        self.state.next_used = self.state.next_used.wrapping_add(1);
-        ring.set_used_idx(memory, self.state.next_used)?;
-        self.unannounced = self.unannounced.saturating_add(1);
+        let count = next.wrapping_sub(self.state.next_used);
+        self.state.next_used = next;
+        if let (Some(ring), 1..) = (self.ring, count) {
+            ring.set_used_idx(memory, next)?;
+        }
+        self.unannounced = self.unannounced.saturating_add(count.into());
         Ok(())
     }
 

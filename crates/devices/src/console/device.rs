@@ -12,8 +12,7 @@ use rustix::event::{PollFd, PollFlags, poll};
 use super::control::{Change, Control, HEADER, PortFacts};
 use super::port::{News, Port, queues, tokens};
 use super::spec::{ConsoleError, ConsoleSpec, TerminalSize};
-use super::sys::Timer;
-use crate::sys::signals;
+use crate::sys::{Timer, signals};
 
 const F_SIZE: u32 = 0;
 const F_MULTIPORT: u32 = 1;

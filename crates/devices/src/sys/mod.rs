@@ -1,3 +1,6 @@
 //! System calls that several devices need.
 
 pub(crate) mod signals;
+mod timer;
+
+pub(crate) use timer::Timer;

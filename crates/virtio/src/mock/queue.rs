@@ -243,7 +243,8 @@ impl DriverQueue {
         Some(Used { head, written, data })
     }
 
-    fn has_used(&self) -> bool {
+    /// Whether a chain came back.
+    pub fn has_used(&self) -> bool {
         let used: u16 = self.memory.load(GuestAddress(self.at.used + 2), Ordering::Acquire).unwrap();
         u16::from_le(used) != self.used
     }

@@ -1,0 +1,78 @@
+//! The configuration space (virtio 1.2, section 5.1.4).
+
+use std::sync::atomic::{AtomicU32, Ordering};
+
+use krun_virtio::ConfigSpace;
+
+/// Bytes of it: address, status.
+const LEN: usize = 8;
+/// Bit of the status.
+const LINK_UP: u16 = 1;
+
+/// What the driver reads, shared with the transport.
+#[derive(Debug)]
+pub struct Config {
+    mac: [u8; 6],
+    /// How often the link has changed, beginning with up: it is up when the number is even.
+    changes: AtomicU32,
+}
+
+impl Config {
+    pub fn new(mac: [u8; 6]) -> Self {
+        Self { mac, changes: AtomicU32::new(0) }
+    }
+
+    pub fn link(&self) -> bool {
+        self.changes.load(Ordering::Acquire).is_multiple_of(2)
+    }
+
+    /// True when that is a change. Only the device's thread calls this.
+    pub fn set_link(&self, up: bool) -> bool {
+        let changed = self.link() != up;
+        if changed {
+            self.changes.fetch_add(1, Ordering::AcqRel);
+        }
+        changed
+    }
+
+    fn bytes(&self) -> [u8; LEN] {
+        let [a, b, c, d, e, f] = self.mac;
+        let [low, high] = if self.link() { LINK_UP } else { 0 }.to_le_bytes();
+        [a, b, c, d, e, f, low, high]
+    }
+}
+
+impl ConfigSpace for Config {
+    fn read(&self, offset: u64, data: &mut [u8]) {
+        let bytes = self.bytes();
+        let rest = usize::try_from(offset).ok().and_then(|at| bytes.get(at..)).unwrap_or_default();
+        data.fill(0);
+        let len = rest.len().min(data.len());
+        data[..len].copy_from_slice(&rest[..len]);
+    }
+
+    fn generation(&self) -> u32 {
+        self.changes.load(Ordering::Acquire)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_link_is_seen_and_moves_the_generation() {
+        let config = Config::new([2, 3, 4, 5, 6, 7]);
+        let read = |at| {
+            let mut data = [0xff; 4];
+            config.read(at, &mut data);
+            data
+        };
+        assert_eq!(
+            (read(0), read(4), read(6), read(u64::MAX)),
+            ([2, 3, 4, 5], [6, 7, 1, 0], [1, 0, 0, 0], [0; 4])
+        );
+        assert!(!config.set_link(true) && config.set_link(false));
+        assert_eq!((read(6), config.generation()), ([0; 4], 1));
+    }
+}

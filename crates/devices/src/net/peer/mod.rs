@@ -1,0 +1,95 @@
+//! The host's side of a network device.
+
+mod datagram;
+mod frames;
+mod stream;
+mod tap;
+
+use std::io;
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+
+use rustix::net::{SocketType, sockopt};
+
+pub use datagram::Datagram;
+pub use stream::Stream;
+pub use tap::Tap;
+
+use super::header::HEADER;
+use super::spec::{NetError, PeerSpec};
+
+/// What became of a frame.
+#[derive(Debug)]
+pub enum Sent {
+    /// The peer has it, or a buffer on its way.
+    Taken,
+    /// Not taken. Comes in when the descriptor can be written to.
+    Full,
+    /// The peer does not want this one.
+    Refused(io::Error),
+}
+
+/// With whom frames are exchanged. Nothing here blocks.
+///
+/// An error means that the connection is gone: [`Peer::close`] follows, then perhaps [`Peer::connect`].
+pub trait Peer: Send {
+    /// For messages.
+    fn name(&self) -> String;
+
+    /// Its descriptor; `None` while it is closed.
+    fn fd(&self) -> Option<BorrowedFd<'_>>;
+
+    /// Whether frames have virtio's header before them, both ways.
+    fn has_header(&self) -> bool {
+        false
+    }
+
+    /// What the guest's driver accepted.
+    fn set_features(&mut self, features: u64) -> io::Result<()> {
+        let _ = features;
+        Ok(())
+    }
+
+    /// The next frame, the same one until [`Peer::take`]; `None` while there is none.
+    fn next(&mut self) -> io::Result<Option<&[u8]>>;
+
+    /// Goes on to the frame after that.
+    fn take(&mut self);
+
+    /// Sends a frame: `header` is for those that have it.
+    fn send(&mut self, header: &[u8; HEADER], frame: &[u8]) -> io::Result<Sent>;
+
+    /// Sends what is in buffers; `Full` when some of it is left.
+    fn flush(&mut self) -> io::Result<Sent> {
+        Ok(Sent::Taken)
+    }
+
+    /// The connection is gone; forgets what was in buffers. True when [`Peer::connect`] makes sense.
+    fn close(&mut self) -> bool;
+
+    /// Connects again.
+    fn connect(&mut self) -> io::Result<()>;
+}
+
+/// Makes the first connection.
+pub fn open(spec: PeerSpec) -> Result<Box<dyn Peer>, NetError> {
+    Ok(match spec {
+        PeerSpec::Stream(socket) => Box::new(Stream::open(socket)?),
+        PeerSpec::Datagram { socket, vfkit } => Box::new(Datagram::open(socket, vfkit)?),
+        PeerSpec::Tap(name) => Box::new(Tap::open(name)?),
+    })
+}
+
+/// Checks that a descriptor of the caller's is what it should be.
+fn check_socket(fd: OwnedFd, wanted: SocketType, kind: &'static str) -> Result<OwnedFd, NetError> {
+    match sockopt::socket_type(&fd) {
+        Ok(found) if found == wanted => Ok(fd),
+        Ok(_) => Err(NetError::NoSocket { kind, source: None }),
+        Err(e) => Err(NetError::NoSocket { kind, source: Some(e.into()) }),
+    }
+}
+
+/// Room for some frames of full size in the host's buffers; what the host does not grant is no loss.
+fn widen(socket: impl AsFd) {
+    let _ = sockopt::set_socket_send_buffer_size(&socket, 1 << 20);
+    let _ = sockopt::set_socket_recv_buffer_size(&socket, 4 << 20);
+}
