@@ -239,6 +239,53 @@ int32_t krun_set_root_disk_remount(uint32_t ctx_id, const char *device, const ch
 int32_t krun_set_root_disk(uint32_t ctx_id, const char *disk_path);
 int32_t krun_set_data_disk(uint32_t ctx_id, const char *disk_path);
 
+/* ------------------------------------------------------------------- networks */
+
+/* Work on checksums and segments that the guest and its peer take on for each other (virtio's feature bits).
+ * GUEST_*: the guest takes frames with an open checksum, or larger than its MTU; HOST_*: it sends such segments.
+ * A tap interface can have all of them. A peer on a socket gets whole frames with their checksums filled in: it
+ * needs none of these, and with HOST_* it has to take frames of up to 64 KiB, as passt and gvproxy do. HOST_* without
+ * CSUM, and GUEST_* without GUEST_CSUM, have no effect. Other bits are -EINVAL. */
+#define NET_FEATURE_CSUM (1 << 0)
+#define NET_FEATURE_GUEST_CSUM (1 << 1)
+#define NET_FEATURE_GUEST_TSO4 (1 << 7)
+#define NET_FEATURE_GUEST_TSO6 (1 << 8)
+#define NET_FEATURE_GUEST_UFO (1 << 10)
+#define NET_FEATURE_HOST_TSO4 (1 << 11)
+#define NET_FEATURE_HOST_TSO6 (1 << 12)
+#define NET_FEATURE_HOST_UFO (1 << 14)
+
+/* What krun_set_passt_fd and krun_set_gvproxy_path enable. */
+#define COMPAT_NET_FEATURES                                                                                    \
+    (NET_FEATURE_CSUM | NET_FEATURE_GUEST_CSUM | NET_FEATURE_GUEST_TSO4 | NET_FEATURE_GUEST_UFO |              \
+     NET_FEATURE_HOST_TSO4 | NET_FEATURE_HOST_UFO)
+
+/* The datagram "VFKT" goes before all frames, as gvproxy wants it (krun_add_net_unixgram only). */
+#define NET_FLAG_VFKIT (1 << 0)
+/* The built-in init asks a DHCP server for address, route and name servers before it runs the workload. */
+#define NET_FLAG_DHCP_CLIENT (1 << 1)
+
+/* Add a network interface; in the guest they are eth0, eth1 and so on in the order of the calls. Exactly one of
+ * `path`, where the peer listens when the VM starts, and `fd`, a connected socket that stays open until then (NULL and
+ * -1 for the other one). When the peer goes away, the guest's link goes down; with a path the connection is made again
+ * once the peer is back. `mac` is the guest's address, 6 bytes. A flag that the function does not know is -EINVAL, so
+ * that callers can probe for flags.
+ *   unixstream  each frame after its length, 4 bytes, the highest first: passt, socket_vmnet
+ *   unixgram    a datagram for each frame: gvproxy, vmnet-helper. With a path, our own socket is made beside it
+ *   tap         a tap interface of this host */
+int32_t krun_add_net_unixstream(uint32_t ctx_id, const char *path, int fd, uint8_t *const mac,
+                                uint32_t features, uint32_t flags);
+int32_t krun_add_net_unixgram(uint32_t ctx_id, const char *path, int fd, uint8_t *const mac,
+                              uint32_t features, uint32_t flags);
+int32_t krun_add_net_tap(uint32_t ctx_id, char *tap_name, uint8_t *const mac, uint32_t features,
+                         uint32_t flags);
+
+/* The older forms: one interface with COMPAT_NET_FEATURES, not together with those above (-EINVAL), on a connected
+ * stream socket or on gvproxy's datagram socket with NET_FLAG_VFKIT. krun_set_net_mac sets its address. */
+int32_t krun_set_passt_fd(uint32_t ctx_id, int fd);
+int32_t krun_set_gvproxy_path(uint32_t ctx_id, char *path);
+int32_t krun_set_net_mac(uint32_t ctx_id, uint8_t *const mac);
+
 /* ------------------------------------------------------------------- running */
 
 /* A descriptor; writing 8 bytes to it asks the guest to end the workload and power off. */
@@ -252,20 +299,6 @@ int32_t krun_start_enter(uint32_t ctx_id);
 /* ---------------------------------------------- Not served by this version */
 
 int32_t krun_set_mapped_volumes(uint32_t ctx_id, const char *const mapped_volumes[]); /* always -EINVAL */
-
-#define NET_FLAG_VFKIT 1
-#define NET_FLAG_DHCP_CLIENT 2
-
-/* An unknown flag is -EINVAL, so callers can probe for flags. */
-int32_t krun_add_net_unixstream(uint32_t ctx_id, const char *path, int fd, uint8_t *const mac,
-                                uint32_t features, uint32_t flags);
-int32_t krun_add_net_unixgram(uint32_t ctx_id, const char *path, int fd, uint8_t *const mac,
-                              uint32_t features, uint32_t flags);
-int32_t krun_add_net_tap(uint32_t ctx_id, char *tap_name, uint8_t *const mac, uint32_t features,
-                         uint32_t flags);
-int32_t krun_set_passt_fd(uint32_t ctx_id, int fd);
-int32_t krun_set_gvproxy_path(uint32_t ctx_id, char *path);
-int32_t krun_set_net_mac(uint32_t ctx_id, uint8_t *const mac);
 
 /* NULL or an empty list asks for nothing and is accepted; ports are -ENOTSUP. */
 int32_t krun_set_port_map(uint32_t ctx_id, const char *const port_map[]);

@@ -10,6 +10,7 @@
 
 mod cases;
 mod harness;
+mod network;
 mod watch;
 
 use std::path::PathBuf;

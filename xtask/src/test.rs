@@ -129,8 +129,19 @@ pub fn run(names: &[String]) -> Result<(), String> {
 }
 
 /// Packages besides those of the kernel build and the emulated host, which say so themselves.
-const TOOLS: &[&str] =
-    &["gcc", "libc6-dev", "pkg-config", "bzip2", "zstd", "gzip", "cpio", "dmidecode", "e2fsprogs"];
+const TOOLS: &[&str] = &[
+    "gcc",
+    "libc6-dev",
+    "pkg-config",
+    "bzip2",
+    "zstd",
+    "gzip",
+    "cpio",
+    "dmidecode",
+    "e2fsprogs",
+    "iproute2",
+    "passt",
+];
 
 /// Builds what the VM tests need and runs them against both kernel bundles, one emulated host each.
 fn vm_tests(names: &[String]) -> Result<Counts, String> {

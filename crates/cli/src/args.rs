@@ -166,6 +166,12 @@ pub struct Run {
     #[arg(long = "input", value_name = "/dev/input/eventN")]
     pub inputs: Vec<PathBuf>,
 
+    /// A network interface, eth0 and so on: passt (one is started, and ends with the guest), unix-stream:PATH (passt and
+    /// the like), unix-dgram:PATH (gvproxy with vfkit, vmnet-helper), tap:NAME. Options after a comma: mac=ADDRESS,
+    /// dhcp=off, vfkit; for passt tcp=PORTS and udp=PORTS, as its -t and -u take them. With -v it is heard.
+    #[arg(long = "net", value_name = "PEER[,OPTION]...", value_parser = crate::nets::parse)]
+    pub nets: Vec<crate::nets::NetArg>,
+
     /// Keep memory that the guest has freed; without this option it goes back to the host after some seconds.
     #[arg(long)]
     pub no_balloon: bool,

@@ -53,6 +53,9 @@ fn host_kernel() -> Result<PathBuf, String> {
 pub fn run(args: &Run, verbose: u8) -> Result<i32, String> {
     // The message is about what the user gave, not about what the other side sees.
     run::check(args)?;
+    if !args.nets.is_empty() {
+        return Err("--net: the emulated host has no network of its own; use a host with KVM".into());
+    }
     let engine = engine()?;
     let exe = std::env::current_exe().map_err(|e| format!("cannot find this program's file: {e}"))?;
     start(&engine, Command::new(words(&exe, verbose)), run::writable_paths(args))

@@ -5,6 +5,7 @@ mod disks;
 mod doctor;
 mod emulated;
 mod exact;
+mod nets;
 mod run;
 mod signals;
 

@@ -10,7 +10,7 @@ use std::sync::Arc;
 use krun::{Command, Console, Input, Kernel, KernelFormat, Serial, Share, Vm, VmConfig};
 
 use crate::args::Run;
-use crate::{disks, signals};
+use crate::{disks, nets, signals};
 
 /// Search path of a program that was given none.
 const DEFAULT_PATH: &str = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin";
@@ -18,7 +18,9 @@ const DEFAULT_PATH: &str = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/s
 /// Runs it and gives back the exit status.
 pub fn run(args: &Run, verbose: bool) -> Result<i32, String> {
     check(args)?;
-    let config = config(args, verbose)?;
+    let mut config = config(args, verbose)?;
+    // The programs that were started for it, which end with the machine.
+    let _peers = nets::add(args, &mut config.nets, verbose)?;
     if let Err(e) = krun::raise_open_file_limit() {
         tracing::warn!("the limit of open files stays: {e}");
     }

@@ -17,8 +17,8 @@ use krun_virtio::VirtioDevice;
 use krun_wire as wire;
 
 use crate::config::{Overlay, OverlayContent, ROOT_TAG};
-use crate::disk;
 use crate::{Console, Error, INIT, Port, Share, VmConfig};
+use crate::{disk, net};
 
 /// What [`crate::Vm::start`] starts.
 pub struct Parts {
@@ -117,6 +117,7 @@ fn named(described: Vec<Port>) -> Result<Ports, Error> {
 fn init_config(config: &VmConfig, stdio: wire::Stdio) -> Vec<u8> {
     let mut init = wire::InitConfig { stdio, verbose: config.verbose, ..wire::InitConfig::default() };
     init.block_root = config.root_disk.as_ref().map(crate::RootDisk::wire);
+    init.dhcp = net::dhcp(&config.nets);
     config.command.apply(&mut init);
     init.mounts = config
         .shares
@@ -224,6 +225,7 @@ pub fn assemble(mut config: VmConfig) -> Result<Parts, Error> {
     }
     let (disk_devices, disks) = disk::devices(&mut config)?;
     devices.extend(disk_devices);
+    devices.extend(net::devices(&mut config)?);
     devices.extend(console_devices);
     if config.rng {
         devices.push(Box::new(Rng::new()));

@@ -6,7 +6,7 @@ use std::sync::Arc;
 
 pub use krun_machine::{Kernel, KernelFormat};
 
-use crate::{Command, Disk, Input, RootDisk};
+use crate::{Command, Disk, Input, Net, RootDisk};
 
 /// Tag of the share that is the guest's root.
 pub const ROOT_TAG: &str = "/dev/root";
@@ -44,6 +44,8 @@ pub struct VmConfig {
     pub serial: Option<Serial>,
     /// Input devices, `/dev/input/event0` and so on.
     pub inputs: Vec<Input>,
+    /// Network interfaces, `eth0` and so on, in order.
+    pub nets: Vec<Net>,
     /// A virtio entropy device.
     pub rng: bool,
     /// A memory balloon: memory that the guest has freed goes back to the host by itself, and
@@ -76,6 +78,7 @@ impl Default for VmConfig {
             consoles: Vec::new(),
             serial: None,
             inputs: Vec::new(),
+            nets: Vec::new(),
             rng: true,
             balloon: true,
             split_irqchip: false,

@@ -8,6 +8,7 @@ use krun_devices::block::BlockError;
 use krun_devices::console::ConsoleError;
 use krun_devices::fs::FsError;
 use krun_devices::input::EvdevError;
+use krun_devices::net::NetError;
 use krun_machine::Outcome;
 
 /// An error of this crate. Its text says what is wrong and what would work.
@@ -29,6 +30,9 @@ pub enum Error {
     /// A disk.
     #[error(transparent)]
     Disk(#[from] BlockError),
+    /// A network device.
+    #[error(transparent)]
+    Net(#[from] NetError),
     /// A disk that the VM does not have.
     #[error("the VM has no disk {id:?}")]
     NoDisk {

@@ -27,6 +27,7 @@ mod disk;
 mod error;
 pub mod host;
 mod input;
+mod net;
 mod reclaim;
 mod vm;
 
@@ -46,6 +47,7 @@ pub use krun_devices::tty::{RawTerminal, size as terminal_size};
 pub use krun_machine::boot::smbios::{OemStringError, check as check_oem_strings};
 pub use krun_machine::{ExitCounts, Outcome, with_signals_blocked};
 pub use krun_wire::{EXIT_NOT_EXECUTABLE, EXIT_NOT_FOUND, EXIT_SETUP};
+pub use net::{Net, NetError, NetPeer, Offloads};
 pub use reclaim::BalloonStatus;
 pub use vm::{ExitStatus, Vm};
 

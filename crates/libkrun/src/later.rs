@@ -22,9 +22,6 @@ macro_rules! not_served {
 }
 
 not_served! {
-    krun_set_passt_fd(fd: c_int);
-    krun_set_gvproxy_path(path: *const c_char) needs path;
-    krun_set_net_mac(mac: *const u8) needs mac;
     krun_add_vsock_port(port: u32, filepath: *const c_char) needs filepath;
     krun_add_vsock_port2(port: u32, filepath: *const c_char, listen: bool) needs filepath;
     krun_add_vsock(tsi_features: u32);
@@ -42,52 +39,6 @@ not_served! {
         num_queues: u16, queue_sizes: *const u16) needs socket_path;
     krun_set_firmware(firmware_path: *const c_char) needs firmware_path;
     krun_set_tee_config_file(filepath: *const c_char) needs filepath;
-}
-
-/// Flags that the network functions know; programs probe with others and expect -EINVAL.
-const NET_FLAGS: u32 = 0b11;
-
-/// Checks the arguments that all network functions share: exactly one of path and descriptor.
-fn net(ctx_id: u32, path: *const c_char, fd: Option<c_int>, mac: *const u8, flags: u32) -> i32 {
-    with(ctx_id, |_| {
-        let one = fd.is_none_or(|fd| path.is_null() != (fd < 0)) && (fd.is_some() || !path.is_null());
-        if !one || mac.is_null() || flags & !NET_FLAGS != 0 { Err(EINVAL) } else { Err(ENOTSUP) }
-    })
-}
-
-#[unsafe(no_mangle)]
-pub extern "C" fn krun_add_net_unixstream(
-    ctx_id: u32,
-    path: *const c_char,
-    fd: c_int,
-    mac: *const u8,
-    _features: u32,
-    flags: u32,
-) -> i32 {
-    net(ctx_id, path, Some(fd), mac, flags)
-}
-
-#[unsafe(no_mangle)]
-pub extern "C" fn krun_add_net_unixgram(
-    ctx_id: u32,
-    path: *const c_char,
-    fd: c_int,
-    mac: *const u8,
-    _features: u32,
-    flags: u32,
-) -> i32 {
-    net(ctx_id, path, Some(fd), mac, flags)
-}
-
-#[unsafe(no_mangle)]
-pub extern "C" fn krun_add_net_tap(
-    ctx_id: u32,
-    tap_name: *const c_char,
-    mac: *const u8,
-    _features: u32,
-    flags: u32,
-) -> i32 {
-    net(ctx_id, tap_name, None, mac, flags)
 }
 
 #[unsafe(no_mangle)]

@@ -15,6 +15,7 @@ mod input;
 mod later;
 mod log;
 mod machine;
+mod net;
 mod start;
 mod workload;
 

@@ -118,13 +118,14 @@ pub extern "C" fn krun_get_max_vcpus() -> i32 {
 /// Highest feature number of the header.
 const LAST_FEATURE: u64 = 11;
 const FEATURE_INPUT: u64 = 6;
+const FEATURE_NET: u64 = 0;
 const FEATURE_BLK: u64 = 1;
 const FEATURE_INIT_BLOB: u64 = 11;
 
 #[unsafe(no_mangle)]
 pub extern "C" fn krun_has_feature(feature: u64) -> i32 {
     answer(|| match feature {
-        FEATURE_BLK | FEATURE_INPUT | FEATURE_INIT_BLOB => Ok(1),
+        FEATURE_NET | FEATURE_BLK | FEATURE_INPUT | FEATURE_INIT_BLOB => Ok(1),
         0..=LAST_FEATURE => Ok(0),
         _ => Err(EINVAL),
     })

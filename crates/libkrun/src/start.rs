@@ -95,6 +95,7 @@ fn config(context: &mut Context) -> Answer<api::VmConfig> {
         balloon: defaults.balloon,
         huge_pages: defaults.huge_pages,
         inputs: context.inputs.drain(..).map(crate::input::device).collect::<Answer<_>>()?,
+        nets: context.nets.take()?,
         verbose: defaults.verbose,
         consoles,
         serial,

@@ -10,6 +10,7 @@ use crate::files::*;
 use crate::later::*;
 use crate::log::*;
 use crate::machine::*;
+use crate::net::*;
 use crate::start::*;
 use crate::workload::*;
 
@@ -118,7 +119,7 @@ fn values_out_of_range_are_refused() {
     assert_eq!(krun_set_log_level(6), -libc::EINVAL);
     assert_eq!(krun_init_log(9999, 1, 0, 0), -libc::EINVAL);
     assert_eq!(krun_has_feature(12), -libc::EINVAL);
-    assert_eq!((krun_has_feature(1), krun_has_feature(11)), (1, 1));
+    assert_eq!([0, 1, 11].map(|f| krun_has_feature(f)), [1, 1, 1]);
     assert_eq!(krun_add_virtio_console_default(ctx, 9999, -1, -1), -libc::EINVAL);
     let (long, path) = (c(&"x".repeat(37)), c("/tmp"));
     // SAFETY: the strings live to the end of the test.
@@ -189,11 +190,57 @@ fn disks_are_told_apart_and_there_is_one_root() {
 }
 
 #[test]
-fn network_flags_can_be_probed() {
+fn networks_are_checked_and_flags_can_be_probed() {
     let ctx = context();
-    let mac = [2u8, 0, 0, 0, 0, 1];
-    assert_eq!(krun_add_net_unixstream(ctx, null(), 3, mac.as_ptr(), 0, 1 << 31), -libc::EINVAL);
-    assert_eq!(krun_add_net_unixstream(ctx, null(), 3, mac.as_ptr(), 0, 0), -libc::ENOTSUP);
+    let (mac, group) = ([2u8, 0, 0, 0, 0, 1], [1u8, 0, 0, 0, 0, 1]);
+    let (mac, path) = (mac.as_ptr(), c("/run/peer"));
+    let path = path.as_ptr();
+    let stream = |path, fd, mac, features, flags| {
+        // SAFETY: the pointers are NULL or values that live to the end of the test.
+        unsafe { krun_add_net_unixstream(ctx, path, fd, mac, features, flags) }
+    };
+    let datagram = |path, fd, features, flags| {
+        // SAFETY: as above.
+        unsafe { krun_add_net_unixgram(ctx, path, fd, mac, features, flags) }
+    };
+    // SAFETY: as above.
+    let tap = |name, features, flags| unsafe { krun_add_net_tap(ctx, name, mac, features, flags) };
+    let refused = [
+        stream(null(), 3, mac, 0, 1 << 31),
+        stream(null(), 3, mac, 0, 1),
+        stream(null(), 3, mac, 1 << 2, 0),
+        stream(null(), 3, null(), 0, 0),
+        stream(null(), 3, group.as_ptr(), 0, 0),
+        stream(path, 3, mac, 0, 0),
+        stream(null(), -1, mac, 0, 0),
+        datagram(path, -1, 0, 4),
+        tap(null(), 0, 0),
+        tap(path, 0, 1),
+    ];
+    assert!(refused.iter().all(|a| *a == -libc::EINVAL), "{refused:?}");
+    assert_eq!(stream(path, -1, mac, 0x4c83, 2), 0);
+    assert_eq!(datagram(path, -1, 0, 3), 0);
+    assert_eq!(tap(path, 0x5d83, 0), 0);
+    // One way or the other.
+    assert_eq!(krun_set_passt_fd(ctx, 3), -libc::EINVAL);
+    let nets = remove(ctx).unwrap().nets.take().unwrap();
+    assert_eq!(nets.iter().map(|n| n.dhcp).collect::<Vec<_>>(), [true, true, false]);
+    let ctx = context();
+    assert_eq!(krun_set_passt_fd(ctx, -1), -libc::EINVAL);
+    // SAFETY: the string and the address live to the end of the test.
+    unsafe {
+        assert_eq!(krun_set_gvproxy_path(ctx, path), 0);
+        assert_eq!(krun_set_net_mac(ctx, mac), 0);
+        assert_eq!(krun_add_net_tap(ctx, path, mac, 0, 0), -libc::EINVAL);
+    }
+    let nets = remove(ctx).unwrap().nets.take().unwrap();
+    assert!(matches!(&nets[0].peer, krun_api::NetPeer::Datagram { vfkit: true, .. }));
+    assert_eq!((nets.len(), nets[0].mac), (1, [2, 0, 0, 0, 0, 1]));
+}
+
+#[test]
+fn a_port_map_of_nothing_is_accepted() {
+    let ctx = context();
     // SAFETY: NULL is allowed.
     assert_eq!(unsafe { krun_set_port_map(ctx, null()) }, 0);
     assert_eq!(krun_free_ctx(ctx), 0);
@@ -235,6 +282,7 @@ fn the_header_and_the_code_name_the_same_functions() {
         include_str!("later.rs"),
         include_str!("log.rs"),
         include_str!("machine.rs"),
+        include_str!("net.rs"),
         include_str!("start.rs"),
         include_str!("workload.rs"),
     ]

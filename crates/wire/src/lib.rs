@@ -59,8 +59,8 @@ pub struct InitConfig {
     pub tmpfs: Vec<Tmpfs>,
     /// A block device to switch to as root, once init has read this file.
     pub block_root: Option<BlockRoot>,
-    /// Configure interfaces by DHCP.
-    pub dhcp: bool,
+    /// Interfaces to configure by DHCP.
+    pub dhcp: Vec<Vec<u8>>,
     /// Print timings of init's steps on the kernel log.
     pub verbose: bool,
 }

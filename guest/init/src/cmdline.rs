@@ -130,7 +130,12 @@ pub fn parse(args: &[Vec<u8>], env: &[Vec<u8>], line: Option<&[u8]>) -> Result<S
         hostname: get("HOSTNAME"),
         rlimits: variable(&env, "KRUN_RLIMITS").map(limits).transpose()?.unwrap_or_default(),
         block_root,
-        dhcp: variable(&env, "KRUN_DHCP").is_some_and(|v| v == b"1"),
+        // Upstream's init knows one interface.
+        dhcp: variable(&env, "KRUN_DHCP")
+            .filter(|v| *v == b"1")
+            .map(|_| b"eth0".to_vec())
+            .into_iter()
+            .collect(),
         env: env.clone(),
         ..InitConfig::default()
     };
@@ -222,7 +227,8 @@ mod tests {
         assert_eq!(got.config.rlimits[1], Rlimit { resource: 4, soft: 3, hard: 4 });
         assert_eq!(got.config.args, list(&["a"]));
         assert_eq!(got.config.hostname, b"box");
-        assert!(got.config.dhcp && got.replace_init && got.discover_ports);
+        assert_eq!(got.config.dhcp, [b"eth0"]);
+        assert!(got.replace_init && got.discover_ports);
         assert_eq!(got.image, ImageConfig::At(b"/c.json".to_vec()));
         let root = BlockRoot { device: b"/dev/vda1".to_vec(), fstype: b"auto".to_vec(), options: vec![] };
         assert_eq!(got.config.block_root, Some(root));

@@ -27,6 +27,7 @@ mod host;
 mod json;
 mod log;
 mod mounts;
+mod net;
 mod oci;
 mod ports;
 mod relay;
@@ -142,9 +143,6 @@ fn prepare(setup: &mut Setup, log: &mut Log) -> Result<(), Failure> {
     }
     setup.complete()?;
     let config = &setup.config;
-    if config.dhcp {
-        return Err(Failure::setup("Configuring the network by DHCP is not supported yet."));
-    }
     rustix::process::umask(rustix::fs::Mode::from_raw_mode(0o022));
     mounts::temporary_directories(log);
     for share in &config.mounts {
@@ -158,6 +156,10 @@ fn prepare(setup: &mut Setup, log: &mut Log) -> Result<(), Failure> {
     })?;
     if let Err(e) = loopback() {
         log.warn(format!("The loopback interface is down: {e}."));
+    }
+    if !config.dhcp.is_empty() {
+        net::configure(&config.dhcp, log);
+        log.step("the network is configured");
     }
     Ok(())
 }

@@ -135,7 +135,7 @@ pub fn temporary_directories(log: &mut Log) {
 }
 
 /// Makes a directory and those above it.
-fn make_directories(path: &[u8]) -> Result<(), Errno> {
+pub fn make_directories(path: &[u8]) -> Result<(), Errno> {
     let make = |path: &[u8]| match rustix::fs::mkdir(path, Mode::from_raw_mode(0o755)) {
         // A read-only file system answers so for a directory that exists as well.
         Err(Errno::ROFS) if rustix::fs::stat(path).is_ok() => Ok(()),

@@ -62,6 +62,44 @@ pub fn interface_up(socket: BorrowedFd<'_>, name: &CStr) -> io::Result<()> {
     check(unsafe { libc::ioctl(socket.as_raw_fd(), libc::SIOCSIFFLAGS as _, &raw const request) }).map(drop)
 }
 
+/// The link-layer address of everybody, or what [`packet_socket`] binds to, on an interface.
+fn packet_address(index: u32) -> libc::sockaddr_ll {
+    // SAFETY: all-zero bytes are a valid `sockaddr_ll`.
+    let mut address: libc::sockaddr_ll = unsafe { std::mem::zeroed() };
+    address.sll_family = libc::AF_PACKET as libc::c_ushort;
+    address.sll_protocol = (libc::ETH_P_IP as u16).to_be();
+    address.sll_ifindex = index.cast_signed();
+    address.sll_halen = 6;
+    address.sll_addr[..6].fill(0xff);
+    address
+}
+
+/// Bytes of a `sockaddr_ll`.
+const PACKET_ADDRESS: libc::socklen_t = size_of::<libc::sockaddr_ll>() as libc::socklen_t;
+
+/// A socket for IPv4 packets on an interface, without blocking.
+pub fn packet_socket(index: u32) -> io::Result<OwnedFd> {
+    let kind = libc::SOCK_DGRAM | libc::SOCK_CLOEXEC | libc::SOCK_NONBLOCK;
+    // No protocol before it is bound: nothing of other interfaces arrives.
+    // SAFETY: no memory is involved.
+    let fd = check(unsafe { libc::socket(libc::AF_PACKET, kind, 0) })?;
+    // SAFETY: the descriptor is new and nobody else's.
+    let socket = unsafe { OwnedFd::from_raw_fd(fd) };
+    let address = packet_address(index);
+    // SAFETY: the address lives across the call, and its length is right.
+    check(unsafe { libc::bind(fd, (&raw const address).cast(), PACKET_ADDRESS) })?;
+    Ok(socket)
+}
+
+/// Sends an IPv4 packet to everybody on an interface's link.
+pub fn broadcast(socket: BorrowedFd<'_>, index: u32, packet: &[u8]) -> io::Result<()> {
+    let address = packet_address(index);
+    let (data, len, fd) = (packet.as_ptr().cast(), packet.len(), socket.as_raw_fd());
+    // SAFETY: packet and address live across the call, and their lengths are right.
+    let sent = unsafe { libc::sendto(fd, data, len, 0, (&raw const address).cast(), PACKET_ADDRESS) };
+    if sent < 0 { Err(io::Error::last_os_error()) } else { Ok(()) }
+}
+
 /// Blocks SIGCHLD and gives a descriptor from which its arrivals can be read, without blocking.
 pub fn child_signals() -> io::Result<OwnedFd> {
     // SAFETY: all-zero bytes are a valid `sigset_t`, and the calls write to that set only.

@@ -17,6 +17,8 @@ mod init;
 mod input;
 mod kernels;
 mod leftovers;
+mod net;
+mod net_peers;
 mod processors;
 mod programs;
 mod several;
@@ -56,6 +58,10 @@ pub const ALL: &[Case] = &[
     input::CASE,
     bare::CASE,
     bare::SMBIOS_IN_LINUX,
+    net::PASST,
+    net::RESTART,
+    net_peers::TAP,
+    net_peers::DATAGRAM,
     disk::CASE,
     disk::SIZE,
     disk::FORMATS,

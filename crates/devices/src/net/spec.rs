@@ -28,7 +28,7 @@ pub enum PeerSpec {
     Datagram {
         /// Where.
         socket: Socket,
-        /// The peer expects the datagram `VFKT` before all others.
+        /// The peer at a path expects the datagram `VFKT` before all others.
         vfkit: bool,
     },
     /// A tap interface of this host, by its name. It is made if there is none and the host permits.

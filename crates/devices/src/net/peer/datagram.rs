@@ -47,13 +47,7 @@ impl Drop for OwnName {
 impl Datagram {
     pub fn open(socket: Socket, vfkit: bool) -> Result<Self, NetError> {
         let (path, socket) = match socket {
-            Socket::Fd(fd) => {
-                let fd = check_socket(fd, SocketType::DGRAM, KIND)?;
-                if vfkit {
-                    greet(&fd).map_err(|source| NetError::Host { source })?;
-                }
-                (None, (fd, None))
-            }
+            Socket::Fd(fd) => (None, (check_socket(fd, SocketType::DGRAM, KIND)?, None)),
             Socket::Path(path) => match connected(&path, vfkit) {
                 Ok(socket) => (Some(path), socket),
                 Err(source) => return Err(NetError::Connect { kind: KIND, path, source }),
@@ -72,18 +66,13 @@ fn gone() -> io::Error {
     io::Error::new(io::ErrorKind::NotConnected, "the peer is not connected")
 }
 
-fn greet(socket: &OwnedFd) -> io::Result<()> {
-    send(socket, MAGIC, SendFlags::DONTWAIT | SendFlags::NOSIGNAL)?;
-    Ok(())
-}
-
 fn connected(path: &Path, vfkit: bool) -> io::Result<(OwnedFd, Option<OwnName>)> {
     let flags = SocketFlags::CLOEXEC | SocketFlags::NONBLOCK;
     let socket = socket_with(AddressFamily::UNIX, SocketType::DGRAM, flags, None)?;
     let name = bind_own(&socket, path)?;
     connect(&socket, &SocketAddrUnix::new(path)?)?;
     if vfkit {
-        greet(&socket)?;
+        send(&socket, MAGIC, SendFlags::DONTWAIT | SendFlags::NOSIGNAL)?;
     }
     Ok((socket, Some(name)))
 }

@@ -1,0 +1,207 @@
+//! The network: addresses by DHCP. IPv6 addresses come from the kernel, which listens to routers by itself.
+
+mod dhcp;
+mod netlink;
+mod resolver;
+
+use std::io;
+use std::os::fd::{AsFd, OwnedFd};
+use std::time::Duration;
+
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
+use rustix::net::{RecvFlags, recv};
+
+use dhcp::{Answer, Ask, Lease};
+use netlink::Netlink;
+
+use crate::config::read_file;
+use crate::failure::show;
+use crate::log::{Log, uptime};
+use crate::sys;
+
+/// How long a server may take, for all interfaces together: the command waits.
+const DEADLINE: Duration = Duration::from_secs(5);
+/// When a question is asked again for the first time; each time it takes twice as long.
+const AGAIN: Duration = Duration::from_millis(250);
+/// Routes of the first interface have this metric, those of others one more each.
+const METRIC: u32 = 100;
+/// Bytes of a packet; a longer one is no answer.
+const PACKET: usize = 2048;
+
+/// An interface that waits for an answer, or has it.
+struct Client {
+    name: Vec<u8>,
+    index: u32,
+    mac: [u8; 6],
+    socket: OwnedFd,
+    id: u32,
+    ask: Ask,
+    start: Duration,
+    again: Duration,
+    pause: Duration,
+    lease: Option<Lease>,
+}
+
+/// Configures interfaces. What does not work is told in the kernel's log: many commands do without a network.
+pub fn configure(names: &[Vec<u8>], log: &mut Log) {
+    let mut problems = Vec::new();
+    match run(names, &mut problems) {
+        Ok(leases) => {
+            if let Err(e) = resolver::write(leases.iter()) {
+                problems.push(format!("/etc/resolv.conf cannot be written: {e}."));
+            }
+        }
+        Err(e) => problems.push(format!("The network cannot be configured: {e}.")),
+    }
+    for problem in problems {
+        log.say(&problem);
+        log.warn(problem);
+    }
+}
+
+fn run(names: &[Vec<u8>], problems: &mut Vec<String>) -> io::Result<Vec<Lease>> {
+    let mut netlink = Netlink::open()?;
+    let mut clients = Vec::new();
+    for name in names {
+        match Client::start(name, &mut netlink) {
+            Ok(client) => clients.push(client),
+            Err(e) => problems.push(format!("The interface {} cannot be used: {e}.", show(name))),
+        }
+    }
+    let deadline = uptime() + DEADLINE;
+    wait(&mut clients, deadline, &mut netlink, problems)?;
+    for client in clients.iter().filter(|c| c.lease.is_none()) {
+        problems.push(format!("No DHCP server has answered on {} in {DEADLINE:?}.", show(&client.name)));
+    }
+    Ok(clients.into_iter().filter_map(|c| c.lease).collect())
+}
+
+/// Asks and listens until all have their answer.
+fn wait(
+    clients: &mut [Client],
+    deadline: Duration,
+    netlink: &mut Netlink,
+    problems: &mut Vec<String>,
+) -> io::Result<()> {
+    loop {
+        let now = uptime();
+        if now >= deadline || clients.iter().all(|c| c.lease.is_some()) {
+            return Ok(());
+        }
+        let mut next = deadline;
+        for client in clients.iter_mut().filter(|c| c.lease.is_none()) {
+            if now >= client.again {
+                client.send(now)?;
+            }
+            next = next.min(client.again);
+        }
+        let waiting = clients.iter().filter(|c| c.lease.is_none());
+        let mut fds: Vec<_> = waiting.map(|c| PollFd::new(&c.socket, PollFlags::IN)).collect();
+        // A bit more than that, so as not to come too early.
+        let left = next.saturating_sub(now) + Duration::from_millis(1);
+        let timeout = Timespec { tv_sec: left.as_secs() as i64, tv_nsec: left.subsec_nanos().into() };
+        match poll(&mut fds, Some(&timeout)) {
+            Ok(_) | Err(rustix::io::Errno::INTR) => {}
+            Err(e) => return Err(e.into()),
+        }
+        for (n, client) in clients.iter_mut().enumerate() {
+            if client.listen(uptime())
+                && let Some(lease) = &client.lease
+                && let Err(e) = netlink.configure(client.index, lease, METRIC + n as u32)
+            {
+                problems.push(format!("The interface {} cannot be configured: {e}.", show(&client.name)));
+            }
+        }
+    }
+}
+
+impl Client {
+    /// Brings the interface up.
+    fn start(name: &[u8], netlink: &mut Netlink) -> io::Result<Self> {
+        let file = |what: &str| {
+            let path = [b"/sys/class/net/", name, what.as_bytes()].concat();
+            let text = read_file(&path, 1 << 16)?;
+            Ok::<_, io::Error>(String::from_utf8_lossy(&text).trim().to_owned())
+        };
+        let invalid = || io::Error::from(io::ErrorKind::InvalidData);
+        let index = file("/ifindex")?.parse().map_err(|_| invalid())?;
+        let mac = parse_mac(&file("/address")?).ok_or_else(invalid)?;
+        netlink.up(index)?;
+        let socket = sys::packet_socket(index)?;
+        let start = uptime();
+        let [.., a, b, c, d] = mac;
+        // Another one at each start, which is all that it takes.
+        let id = u32::from_be_bytes([a, b, c, d]) ^ start.subsec_nanos().rotate_left(8);
+        Ok(Self {
+            name: name.to_vec(),
+            index,
+            mac,
+            socket,
+            id,
+            ask: Ask::Discover,
+            start,
+            again: start,
+            pause: AGAIN,
+            lease: None,
+        })
+    }
+
+    fn send(&mut self, now: Duration) -> io::Result<()> {
+        let seconds = u16::try_from(now.saturating_sub(self.start).as_secs()).unwrap_or(u16::MAX);
+        let packet = dhcp::ask(self.ask, self.mac, self.id, seconds);
+        self.again = now + self.pause;
+        self.pause *= 2;
+        match sys::broadcast(self.socket.as_fd(), self.index, &packet) {
+            // The link is down, or full: asked again later.
+            Err(e) if matches!(e.raw_os_error(), Some(libc::ENETDOWN | libc::ENOBUFS | libc::EAGAIN)) => {
+                Ok(())
+            }
+            result => result,
+        }
+    }
+
+    /// Takes the answers that came; true when the interface has a lease since.
+    fn listen(&mut self, now: Duration) -> bool {
+        let mut packet = [0u8; PACKET];
+        while self.lease.is_none() {
+            let Ok((len, _)) = recv(&self.socket, &mut packet[..], RecvFlags::DONTWAIT) else { return false };
+            let Some((answer, lease)) = dhcp::answer(&packet[..len], self.mac, self.id) else { continue };
+            match (answer, self.ask) {
+                (Answer::Offer, Ask::Discover) => {
+                    self.ask = Ask::Request { address: lease.address, server: lease.server };
+                }
+                (Answer::Ack, Ask::Request { .. }) => {
+                    self.lease = Some(lease);
+                    return true;
+                }
+                (Answer::Nak, Ask::Request { .. }) => self.ask = Ask::Discover,
+                _ => continue,
+            }
+            (self.again, self.pause) = (now, AGAIN);
+        }
+        false
+    }
+}
+
+/// `52:54:00:12:34:56`
+fn parse_mac(text: &str) -> Option<[u8; 6]> {
+    let mut mac = [0; 6];
+    let mut parts = text.split(':');
+    for byte in &mut mac {
+        *byte = u8::from_str_radix(parts.next()?, 16).ok()?;
+    }
+    parts.next().is_none().then_some(mac)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn hardware_addresses() {
+        assert_eq!(parse_mac("52:54:00:0a:ff:01"), Some([0x52, 0x54, 0, 10, 255, 1]));
+        for bad in ["", "1:2:3:4:5", "1:2:3:4:5:6:7", "1:2:3:4:5:x"] {
+            assert_eq!(parse_mac(bad), None, "{bad}");
+        }
+    }
+}

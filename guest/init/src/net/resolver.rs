@@ -1,0 +1,79 @@
+//! The name servers' file.
+
+use rustix::fs::{CWD, Mode, OFlags};
+use rustix::io::Errno;
+use rustix::mount::mount_bind;
+
+use super::dhcp::Lease;
+use crate::mounts::make_directories;
+
+/// Where programs look for it.
+const PATH: &[u8] = b"/etc/resolv.conf";
+/// Where ours is until it is mounted there.
+const OWN: &str = "/dev/.resolv.conf";
+/// Name servers that programs read.
+const MOST: usize = 3;
+
+/// Makes `/etc/resolv.conf` say what the leases say. The root's own file, which may be the host's, is covered and not
+/// changed; where there is none, an empty one is made to be covered.
+pub fn write<'a>(leases: impl Iterator<Item = &'a Lease> + Clone) -> Result<(), Errno> {
+    let Some(text) = contents(leases) else { return Ok(()) };
+    let mode = Mode::from_raw_mode(0o644);
+    let file =
+        rustix::fs::open(OWN, OFlags::WRONLY | OFlags::CREATE | OFlags::TRUNC | OFlags::CLOEXEC, mode)?;
+    let result = rustix::io::write(&file, text.as_bytes()).and_then(|_| cover(mode));
+    let _ = rustix::fs::unlink(OWN);
+    result
+}
+
+fn cover(mode: Mode) -> Result<(), Errno> {
+    match mount_bind(OWN, PATH) {
+        Err(Errno::NOENT) => {}
+        result => return result,
+    }
+    let target = match rustix::fs::readlink(PATH, Vec::new()) {
+        Ok(target) => target.into_bytes(),
+        Err(_) => PATH.to_vec(),
+    };
+    // A link whose target is made by a service that does not run here.
+    let target = if target.starts_with(b"/") { target } else { [b"/etc/", &target[..]].concat() };
+    if let Some(slash) = target.iter().rposition(|b| *b == b'/') {
+        make_directories(&target[..slash.max(1)])?;
+    }
+    rustix::fs::openat(CWD, &target[..], OFlags::WRONLY | OFlags::CREATE | OFlags::CLOEXEC, mode)?;
+    mount_bind(OWN, PATH)
+}
+
+/// The text; `None` when there is nothing to say.
+fn contents<'a>(leases: impl Iterator<Item = &'a Lease> + Clone) -> Option<String> {
+    let domain = leases.clone().map(|l| &l.domain).find(|d| !d.is_empty());
+    let mut text = domain.map(|d| format!("search {}\n", String::from_utf8_lossy(d))).unwrap_or_default();
+    let mut servers: Vec<_> = Vec::new();
+    for server in leases.flat_map(|l| &l.dns) {
+        if !servers.contains(server) && servers.len() < MOST {
+            servers.push(*server);
+        }
+    }
+    for [a, b, c, d] in &servers {
+        text.push_str(&format!("nameserver {a}.{b}.{c}.{d}\n"));
+    }
+    (!servers.is_empty()).then_some(text)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn servers_of_all_leases_once_each() {
+        let lease = |domain: &str, dns: &[[u8; 4]]| Lease {
+            domain: domain.into(),
+            dns: dns.to_vec(),
+            ..Lease::default()
+        };
+        let leases = [lease("", &[[1; 4], [2; 4]]), lease("a.b", &[[1; 4], [3; 4], [4; 4]])];
+        let wanted = "search a.b\nnameserver 1.1.1.1\nnameserver 2.2.2.2\nnameserver 3.3.3.3\n";
+        assert_eq!(contents(leases.iter()).as_deref(), Some(wanted));
+        assert_eq!(contents([lease("a", &[])].iter()), None);
+    }
+}

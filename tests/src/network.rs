@@ -1,0 +1,153 @@
+//! What the network cases share: a network namespace of their own, programs of the host, servers that echo, and a small
+//! DHCP server.
+
+use std::io::{Read, Write};
+use std::net::{TcpListener, TcpStream, UdpSocket};
+use std::process::Command;
+use std::thread;
+use std::time::Duration;
+
+use crate::harness::{Failure, noise};
+
+/// How long a peer may be silent.
+pub const PATIENCE: Duration = Duration::from_secs(30);
+
+/// Runs `case` in a network namespace that goes away with it. What it starts, threads and programs, is in it too.
+pub fn in_namespace(case: impl FnOnce() -> Result<(), Failure> + Send) -> Result<(), Failure> {
+    thread::scope(|scope| {
+        let run = || {
+            // Deprecated for other flags, with which descriptors may change under a thread.
+            #[allow(deprecated)]
+            rustix::thread::unshare(rustix::thread::UnshareFlags::NEWNET)?;
+            ip("link set lo up")?;
+            case()
+        };
+        scope.spawn(run).join().map_err(|_| Failure::Wrong("the case panicked".into()))?
+    })
+}
+
+/// Runs `ip` with these words.
+pub fn ip(words: &str) -> Result<(), Failure> {
+    let output = match Command::new("ip").args(words.split(' ')).output() {
+        Err(e) if e.kind() == std::io::ErrorKind::NotFound => {
+            return Err(Failure::Skip("no ip (iproute2) on this host".into()));
+        }
+        other => other?,
+    };
+    if output.status.success() {
+        return Ok(());
+    }
+    Err(Failure::Wrong(format!("ip {words}: {}", String::from_utf8_lossy(&output.stderr))))
+}
+
+/// Sends noise over a connection and expects it back, both at once.
+pub fn exchange(stream: &TcpStream, len: usize, seed: u64) -> Result<(), String> {
+    let text = |e: std::io::Error| format!("exchange of {len} bytes: {e}");
+    stream.set_read_timeout(Some(PATIENCE)).map_err(text)?;
+    let bytes = noise(len, seed);
+    thread::scope(|scope| {
+        let sender = scope.spawn(|| {
+            let mut stream = stream;
+            stream.write_all(&bytes)?;
+            stream.shutdown(std::net::Shutdown::Write)
+        });
+        let mut seen = Vec::with_capacity(len);
+        let mut reader = stream;
+        let received = reader.read_to_end(&mut seen);
+        if received.is_err() {
+            // So that the sender does not wait for a peer that has stopped.
+            let _ = stream.shutdown(std::net::Shutdown::Both);
+        }
+        let sent = sender.join().map_err(|_| "the sender panicked".to_owned())?;
+        if let Err(e) = received {
+            return Err(format!("after {} of {len} bytes: {e}", seen.len()));
+        }
+        sent.map_err(text)?;
+        if seen == bytes {
+            Ok(())
+        } else {
+            Err(format!("{} of {len} bytes came back, or other ones", seen.len()))
+        }
+    })
+}
+
+/// Gives back what comes until its end.
+pub fn echo(mut stream: TcpStream) -> std::io::Result<()> {
+    let mut chunk = vec![0; 64 << 10];
+    loop {
+        match stream.read(&mut chunk)? {
+            0 => return stream.shutdown(std::net::Shutdown::Write),
+            len => stream.write_all(&chunk[..len])?,
+        }
+    }
+}
+
+/// Echoes TCP and UDP on one port until the process ends; returns the port.
+pub fn echo_servers(address: &str) -> Result<u16, Failure> {
+    let listener = TcpListener::bind((address, 0))?;
+    let port = listener.local_addr()?.port();
+    let socket = UdpSocket::bind((address, port))?;
+    thread::spawn(move || {
+        for stream in listener.incoming().flatten() {
+            thread::spawn(move || echo(stream));
+        }
+    });
+    thread::spawn(move || {
+        let mut bytes = vec![0; 65536];
+        while let Ok((len, from)) = socket.recv_from(&mut bytes) {
+            let _ = socket.send_to(&bytes[..len], from);
+        }
+    });
+    Ok(port)
+}
+
+/// Sends a datagram, again if it is lost, and expects it back.
+pub fn ping(to: (&str, u16), len: usize) -> Result<(), String> {
+    let text = |e: std::io::Error| format!("datagram of {len} bytes: {e}");
+    let socket = UdpSocket::bind("0.0.0.0:0").map_err(text)?;
+    socket.connect(to).map_err(text)?;
+    socket.set_read_timeout(Some(Duration::from_secs(2))).map_err(text)?;
+    let (bytes, mut seen) = (noise(len, 3), vec![0; 65536]);
+    for _ in 0..30 {
+        // The link may be down for a moment.
+        let received = socket.send(&bytes).and_then(|_| socket.recv(&mut seen));
+        match received {
+            Ok(n) if seen[..n] == bytes => return Ok(()),
+            Ok(n) => return Err(format!("{n} bytes instead of {len}, or other ones")),
+            Err(_) => thread::sleep(Duration::from_millis(50)),
+        }
+    }
+    Err(format!("a datagram of {len} bytes never came back"))
+}
+
+/// What a small DHCP server gives.
+pub struct Offer {
+    /// The guest's address in a network of 24 bits.
+    pub address: [u8; 4],
+    /// Router, name server and server.
+    pub server: [u8; 4],
+    /// The network's MTU.
+    pub mtu: u16,
+}
+
+impl Offer {
+    /// The answer to a client's message, both without their IP and UDP headers.
+    pub fn answer(&self, message: &[u8]) -> Option<Vec<u8>> {
+        let kind = match *message.get(242)? {
+            1 => 2,
+            3 => 5,
+            _ => return None,
+        };
+        let mut answer = message.get(..240)?.to_vec();
+        answer[0] = 2;
+        answer[16..20].copy_from_slice(&self.address);
+        answer.extend([53, 1, kind, 1, 4, 255, 255, 255, 0, 51, 4, 0, 0, 255, 255, 26, 2]);
+        answer.extend(self.mtu.to_be_bytes());
+        for code in [3, 6, 54] {
+            answer.extend([code, 4]);
+            answer.extend(self.server);
+        }
+        answer.push(255);
+        Some(answer)
+    }
+}
