@@ -96,7 +96,8 @@ impl Vm {
 
     fn judge(&self, outcome: Outcome) -> Result<ExitStatus, Error> {
         let failure = self.reported_failure();
-        match self.exit_code.get() {
+        // A machine that was killed took with it what its program had written last.
+        match self.exit_code.get().filter(|_| outcome != Outcome::Killed) {
             // The low byte, as wait(2) has it.
             Some(code) => {
                 if let Some(reason) = failure {

@@ -3,7 +3,7 @@
 use std::fmt;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Condvar, Mutex, MutexGuard, PoisonError};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use krun_hv::{ExitCounts, Kicker};
 
@@ -48,6 +48,8 @@ struct State {
     cancel: Vec<Box<dyn Fn() + Send + Sync>>,
     /// How often [`End::are_all_off`] has asked, and the vCPUs that have not answered, or no.
     census: (u64, usize),
+    /// When somebody looked after the machine last.
+    looked: Option<Instant>,
 }
 
 /// How often who waits for a machine looks after it.
@@ -168,6 +170,16 @@ impl End {
         self.changed.notify_all();
     }
 
+    /// Whether it is time to look after the machine, for who does not wait: every [`LOOK`] from the first call on.
+    pub fn is_look_due(&self) -> bool {
+        let mut state = self.lock();
+        let due = !state.done && state.looked.is_some_and(|last| last.elapsed() >= LOOK);
+        if due || state.looked.is_none() {
+            state.looked = Some(Instant::now());
+        }
+        due
+    }
+
     /// The outcome once all is over, without waiting.
     pub fn try_wait(&self) -> Option<Outcome> {
         let state = self.lock();
@@ -252,6 +264,17 @@ mod tests {
         assert!(!end.are_all_off(Duration::from_millis(100)));
         assert!(end.are_all_off(Duration::from_secs(20)));
         vcpus.join().unwrap();
+    }
+
+    #[test]
+    fn who_asks_again_and_again_looks_now_and_then() {
+        let end = End::new(0);
+        assert_eq!([(); 2].map(|()| end.is_look_due()), [false, false]);
+        end.lock().looked = Instant::now().checked_sub(LOOK);
+        assert_eq!([(); 2].map(|()| end.is_look_due()), [true, false]);
+        end.lock().looked = Instant::now().checked_sub(LOOK);
+        end.finish();
+        assert!(!end.is_look_due());
     }
 
     #[test]

@@ -259,14 +259,18 @@ impl Running {
     /// number of threads may wait.
     pub fn wait(&self) -> Outcome {
         let outcome = self.end.wait(|| {
-            off::ask(&self.end);
+            off::ask(&self.end, off::PATIENCE);
         });
         self.join();
         outcome
     }
 
-    /// The same without waiting; `None` while the machine runs.
+    /// The same without waiting; `None` while the machine runs. Who asks again and again looks after the machine as
+    /// who waits does.
     pub fn try_wait(&self) -> Option<Outcome> {
+        if self.end.is_look_due() {
+            off::look(&self.end);
+        }
         let outcome = self.end.try_wait()?;
         self.join();
         Some(outcome)

@@ -17,7 +17,9 @@ use super::{End, Outcome};
 const FIRST: Duration = Duration::from_millis(25);
 const LOOKS: u32 = 9;
 /// How long an interrupted vCPU may take to answer.
-const PATIENCE: Duration = Duration::from_millis(100);
+pub const PATIENCE: Duration = Duration::from_millis(100);
+/// The same where nobody wants to wait.
+const QUICK: Duration = Duration::from_millis(5);
 
 /// A thread that looks, while there is reason to.
 #[derive(Debug, Default)]
@@ -60,17 +62,22 @@ fn watch(end: &End, stop: &Wake) -> std::io::Result<()> {
         if !ready.is_empty() || end.has_begun() {
             return Ok(());
         }
-        if ask(end) {
+        if ask(end, PATIENCE) {
             return Ok(());
         }
     }
     Ok(())
 }
 
+/// Asks, in hardly any time: where the vCPUs are slow to answer, the next look may find out.
+pub fn look(end: &End) {
+    ask(end, QUICK);
+}
+
 /// Asks all vCPUs whether they are off, and ends the machine if so.
-pub fn ask(end: &End) -> bool {
+pub fn ask(end: &End, patience: Duration) -> bool {
     // Twice: a vCPU that answered could have been started again by one that answered later.
-    let off = !end.has_begun() && end.are_all_off(PATIENCE) && end.are_all_off(PATIENCE);
+    let off = !end.has_begun() && end.are_all_off(patience) && end.are_all_off(patience);
     if off {
         end.begin(Outcome::PowerOff);
     }
