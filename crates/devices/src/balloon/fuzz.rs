@@ -11,6 +11,9 @@ use krun_virtio::mock::Harness;
 use super::Balloon;
 
 const QUEUES: usize = 5;
+/// `num_pages` and `actual` in the configuration.
+const TARGET: u64 = 0;
+const ACTUAL: u64 = 4;
 
 /// Takes `len` bytes off the front; fewer if there are fewer.
 fn take<'a>(data: &mut &'a [u8], len: usize) -> &'a [u8] {
@@ -19,12 +22,19 @@ fn take<'a>(data: &mut &'a [u8], len: usize) -> &'a [u8] {
     head
 }
 
+fn word(h: &Harness, at: u64) -> u32 {
+    let mut bytes = [0; 4];
+    h.config().read(at, &mut bytes);
+    u32::from_le_bytes(bytes)
+}
+
 /// One input.
 pub fn fuzz_one(mut data: &[u8]) {
     let features = take(&mut data, 1).first().map_or(0, |b| u64::from(*b));
     let device = Balloon::new().unwrap();
     let handle = device.handle();
     let Ok(mut h) = Harness::with_features(device, features | u64::MAX << 28) else { return };
+    let mut target = 0;
     for _ in 0..64 {
         let &[op, arg] = take(&mut data, 2) else { return };
         let result = match op % 8 {
@@ -41,19 +51,28 @@ pub fn fuzz_one(mut data: &[u8]) {
                 result
             }
             5 => {
-                h.config().write(u64::from(arg), take(&mut data, 4));
-                let mut read = [0; 16];
-                h.config().read(u64::from(arg), &mut read);
+                let bytes = take(&mut data, 4);
+                h.config().write(u64::from(arg), bytes);
+                if let (ACTUAL, &[a, b, c, d]) = (u64::from(arg), bytes) {
+                    assert_eq!(word(&h, ACTUAL), u32::from_le_bytes([a, b, c, d]), "the driver's own number");
+                }
+                let mut past = [0xff; 16];
+                h.config().read(u64::from(arg) + 16, &mut past);
+                assert_eq!(past, [0; 16], "there is nothing past the end");
                 Ok(())
             }
             6 => {
-                let _ = handle.set_target(u64::from(arg));
+                target = u32::from(arg) << 8;
+                handle.set_target(arg.into()).unwrap();
                 let _ = handle.stats(Duration::ZERO);
-                let _ = handle.free_ranges(Duration::ZERO);
+                for (at, len) in handle.free_ranges(Duration::ZERO).unwrap_or_default() {
+                    assert!(len > 0 && at.checked_add(len).is_some(), "{len} bytes at {at:#x}");
+                }
                 h.poll(Duration::ZERO).map(|_| ())
             }
             _ => h.restart(),
         };
+        assert_eq!(word(&h, TARGET), target, "the target is the host's alone");
         match result {
             Ok(()) => assert!(
                 (0..QUEUES).all(|q| h.held(q) <= u16::from(q == 2)),
