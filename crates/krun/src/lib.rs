@@ -17,6 +17,9 @@
 //! # Ok::<(), Box<dyn std::error::Error>>(())
 //! ```
 //! Starting returns a handle; the caller's process goes on, its signal handlers and streams are its own.
+//! Files of shares are opened and closed by this process, so POSIX record locks (`F_SETLK`) that the program itself holds
+//! on such a file are lost when the guest closes it, as fcntl(2) tells; open file description locks (`F_OFD_SETLK`) stay.
+//!
 //! A terminal that was given to the guest is in raw mode while the machine runs and is restored when it
 //! ends, in whatever way.
 
