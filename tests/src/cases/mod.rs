@@ -47,6 +47,7 @@ pub const ALL: &[Case] = &[
     terminal::CASE,
     terminal::CONTINUED,
     terminal::RESTORED,
+    terminal::FOREGROUND,
     programs::PYTHON,
     programs::GIT,
     programs::COMPILE,

@@ -6,13 +6,16 @@ use std::os::fd::{AsFd, OwnedFd};
 use std::time::{Duration, Instant};
 
 use krun::{Console, Vm, VmConfig};
-use rustix::termios::{LocalModes, Winsize, tcgetattr, tcsetwinsize};
+use rustix::termios::{
+    LocalModes, OptionalActions, OutputModes, Winsize, tcgetattr, tcsetattr, tcsetwinsize,
+};
 
 use crate::harness::{Case, Env, Failure, no_guest, same};
 
 pub const CASE: Case = Case { name: "terminal", host, guest: no_guest };
 pub const CONTINUED: Case = Case { name: "terminal_continued", host: continued, guest: no_guest };
 pub const RESTORED: Case = Case { name: "terminal_restored", host: restored, guest: no_guest };
+pub const FOREGROUND: Case = Case { name: "terminal_foreground", host: foreground, guest: no_guest };
 
 /// A pseudo-terminal: this side, and the side that the VM gets.
 struct Pty {
@@ -38,6 +41,22 @@ impl Pty {
         Ok(Console::Standard { input: copy()?, output: copy()?, error: copy()? })
     }
 
+    /// The whole mode.
+    fn mode(&self) -> Result<String, Failure> {
+        Ok(format!("{:?}", tcgetattr(self.slave.as_fd())?))
+    }
+
+    fn until_raw(&self, wanted: bool) -> Result<(), Failure> {
+        let deadline = Instant::now() + Duration::from_secs(60);
+        while self.is_raw()? != wanted {
+            if Instant::now() > deadline {
+                return Err(Failure::Wrong(format!("raw mode is not {wanted}")));
+            }
+            std::thread::sleep(Duration::from_millis(20));
+        }
+        Ok(())
+    }
+
     fn is_raw(&self) -> Result<bool, Failure> {
         Ok(!tcgetattr(self.slave.as_fd())?.local_modes.contains(LocalModes::ICANON))
     }
@@ -50,12 +69,25 @@ struct Screen {
 }
 
 impl Screen {
+    /// The next word of a line that has arrived.
+    fn word(&mut self) -> Result<String, Failure> {
+        self.wait_for_more("\n")?;
+        Ok(self.text.split_whitespace().next().unwrap_or_default().to_owned())
+    }
+
+    /// Waits for `part`, and takes everything up to its end.
     fn wait_for(&mut self, part: &str) -> Result<(), Failure> {
+        let at = self.wait_for_more(part)?;
+        self.text.drain(..at + part.len());
+        Ok(())
+    }
+
+    /// Waits for `part` and tells where it begins.
+    fn wait_for_more(&mut self, part: &str) -> Result<usize, Failure> {
         let deadline = Instant::now() + Duration::from_secs(60);
         while Instant::now() < deadline {
             if let Some(at) = self.text.find(part) {
-                self.text.drain(..at + part.len());
-                return Ok(());
+                return Ok(at);
             }
             let mut ready = [rustix::event::PollFd::new(&self.from, rustix::event::PollFlags::IN)];
             let pause = rustix::time::Timespec { tv_sec: 0, tv_nsec: 100_000_000 };
@@ -116,7 +148,7 @@ fn continued(env: &Env) -> Result<(), Failure> {
     let mut command = env.krun()?;
     command.args(["-it", "-e", "PS1=prompt> ", "--", "/bin/sh", "-i"]);
     let mut child = command.stdin(stream()?).stdout(stream()?).stderr(stream()?).spawn()?;
-    let result = (|| {
+    let result: Result<(), Failure> = (|| {
         let mut screen = Screen { from: pty.master.try_clone()?, text: String::new() };
         let mut keys = pty.master.try_clone()?;
         screen.wait_for("prompt> ")?;
@@ -124,17 +156,11 @@ fn continued(env: &Env) -> Result<(), Failure> {
         let pid = Pid::from_child(&child);
         kill_process(pid, Signal::STOP)?;
         waitpid(Some(pid), WaitOptions::UNTRACED)?;
-        rustix::termios::tcsetattr(pty.slave.as_fd(), rustix::termios::OptionalActions::Now, &before)?;
+        tcsetattr(pty.slave.as_fd(), OptionalActions::Now, &before)?;
         tcsetwinsize(&pty.master, Winsize { ws_row: 21, ws_col: 67, ws_xpixel: 0, ws_ypixel: 0 })?;
         same("raw while stopped", pty.is_raw()?, false)?;
         kill_process(pid, Signal::CONT)?;
-        let deadline = Instant::now() + Duration::from_secs(20);
-        while !pty.is_raw()? {
-            if Instant::now() > deadline {
-                return Err(Failure::Wrong("the terminal is not in raw mode again".into()));
-            }
-            std::thread::sleep(Duration::from_millis(20));
-        }
+        pty.until_raw(true)?;
         std::thread::sleep(Duration::from_millis(500));
         keys.write_all(b"stty size\n")?;
         screen.wait_for("21 67")?;
@@ -147,22 +173,87 @@ fn continued(env: &Env) -> Result<(), Failure> {
     let status = child.wait()?;
     result?;
     same("status", status.code(), Some(9))?;
-    same("raw after the end", pty.is_raw()?, false)
+    same("after the end", format!("{before:?}"), pty.mode()?)
 }
 
 fn restored(env: &Env) -> Result<(), Failure> {
     let pty = Pty::open()?;
-    same("raw before", pty.is_raw()?, false)?;
+    // Not what a terminal has by itself.
+    let mut odd = tcgetattr(pty.slave.as_fd())?;
+    odd.output_modes.remove(OutputModes::ONLCR);
+    odd.local_modes.remove(LocalModes::ECHOCTL);
+    tcsetattr(pty.slave.as_fd(), OptionalActions::Now, &odd)?;
+    let before = pty.mode()?;
+    let as_before = |when: &str| same(when, pty.mode()?, before.clone());
+
     let vm = session(env, &pty, "/bin/sh", &["-i"])?;
     same("raw while running", pty.is_raw()?, true)?;
     vm.kill();
-    let _ = vm.wait();
-    same("raw after kill", pty.is_raw()?, false)?;
+    same("an end by kill has a status", vm.wait().is_ok(), false)?;
+    as_before("after kill")?;
     drop(session(env, &pty, "/bin/sh", &["-i"])?);
-    same("raw after drop", pty.is_raw()?, false)?;
+    as_before("after drop")?;
+    same("status", session(env, &pty, "/no/such/program", &[])?.wait()?.code(), 127)?;
+    as_before("after a program that is not there")?;
+    let mut config = env.program("/bin/sh", ["-i"]);
+    config.consoles = vec![pty.console()?];
+    config.kernel_args.push("init=/no/such/init".into());
+    same("a panic has a status", Vm::start(config)?.wait().is_ok(), false)?;
+    as_before("after a panic of the guest's kernel")?;
     let mut config = env.program("/bin/sh", ["-i"]);
     config.vcpus = 0;
     config.consoles = vec![pty.console()?];
     same("bad configuration starts", Vm::start(config).is_ok(), false)?;
-    same("raw after an error", pty.is_raw()?, false)
+    as_before("after an error")
+}
+
+/// `krun run` as a job of a shell: started in the background, in the foreground, stopped, in the foreground again.
+fn foreground(env: &Env) -> Result<(), Failure> {
+    let pty = Pty::open()?;
+    let stream = || Ok::<_, Failure>(std::process::Stdio::from(pty.slave.try_clone()?));
+    let mut shell = std::process::Command::new("setsid");
+    shell.args(["--ctty", "bash", "--norc", "--noprofile", "--noediting", "-i"]).env("PS1", "host> ");
+    let mut shell = shell.stdin(stream()?).stdout(stream()?).stderr(stream()?).spawn()?;
+    let result = as_a_job(env, &pty);
+    if result.is_err() {
+        let _ = shell.kill();
+    }
+    shell.wait()?;
+    result
+}
+
+fn as_a_job(env: &Env, pty: &Pty) -> Result<(), Failure> {
+    let mut screen = Screen { from: pty.master.try_clone()?, text: String::new() };
+    let mut keys = pty.master.try_clone()?;
+    let mut typed = |text: &str| keys.write_all(text.as_bytes());
+    screen.wait_for("host> ")?;
+    let before = pty.mode()?;
+    let krun = env.krun()?;
+    let words: Vec<_> =
+        std::iter::once(krun.get_program()).chain(krun.get_args()).map(|w| w.to_string_lossy()).collect();
+    // What is typed is echoed, and must not be taken for what is answered.
+    typed(&format!("{} -it -e PS1='gu''est: ' -- /bin/sh -i & echo p''id $!.\n", words.join(" ")))?;
+    screen.wait_for("pid ")?;
+    let pid = screen.word()?.trim_end_matches('.').parse::<i32>()?;
+    let pid = rustix::process::Pid::from_raw(pid).ok_or("no process")?;
+    screen.wait_for("guest: ")?;
+    same("in the background", pty.mode()?, before.clone())?;
+    typed("fg\n")?;
+    pty.until_raw(true)?;
+    typed("stty size\n")?;
+    screen.wait_for("33 77")?;
+    rustix::process::kill_process(pid, rustix::process::Signal::STOP)?;
+    screen.wait_for("host> ")?;
+    pty.until_raw(false)?;
+    tcsetwinsize(&pty.master, Winsize { ws_row: 21, ws_col: 67, ws_xpixel: 0, ws_ypixel: 0 })?;
+    typed("fg\n")?;
+    pty.until_raw(true)?;
+    // The size takes its own way into the guest.
+    typed("until stty size | grep '21 67'; do sleep 0.1; done\n")?;
+    screen.wait_for("21 67\r\n")?;
+    typed("exit 9\n")?;
+    screen.wait_for("host> ")?;
+    same("after the end", pty.mode()?, before)?;
+    typed("echo sta''tus $?; exit\n")?;
+    screen.wait_for("status 9")
 }
