@@ -3,7 +3,7 @@
 use std::path::PathBuf;
 use std::process::Command;
 
-use crate::{debian_bundle, kernel, packages, rootfs};
+use crate::{debian, kernel, packages, rootfs};
 
 const PROGRAM: &str = "import os, platform\n\
     print(f'Hello from Linux {platform.release()} in a microVM with {os.cpu_count()} CPU')\n\
@@ -41,7 +41,7 @@ fn kernel() -> Result<(PathBuf, &'static str), String> {
     if let Some(paths) = kernel::cached_guest()? {
         return Ok((paths.bundle, "built from kernel/"));
     }
-    match debian_bundle::ensure() {
+    match debian::bundle() {
         Ok(path) => Ok((path, "Debian's libkrunfw5; cargo xtask kernel builds one that boots faster")),
         Err(why) => {
             eprintln!("Debian's bundle cannot be had ({why}); building ours");

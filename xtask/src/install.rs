@@ -50,6 +50,57 @@ pub fn run(prefix: &Path, destdir: Option<&Path>) -> Result<(), String> {
     Ok(())
 }
 
+/// Installs into an empty directory and uses what is there as a stranger would: builds the C example with
+/// pkg-config, and runs it and the command.
+///
+/// # Errors
+/// What is missing or does not work.
+pub fn check() -> Result<(), String> {
+    let dir = crate::target_dir().join("install-check");
+    let _ = fs::remove_dir_all(&dir);
+    let prefix = dir.join("usr");
+    run(&prefix, None)?;
+    let example = dir.join("chroot_vm");
+    let build = "cc -o \"$1\" examples/chroot_vm.c $(pkg-config --cflags --libs libkrun)";
+    output(
+        Command::new("sh")
+            .args(["-ec", build, "sh"])
+            .arg(&example)
+            .env("PKG_CONFIG_PATH", prefix.join("lib/pkgconfig")),
+    )?;
+    // Without arguments it loads the library and says what it wants.
+    let usage = Command::new(&example).env("LD_LIBRARY_PATH", prefix.join("lib")).output();
+    let usage = usage.map_err(|e| format!("{}: {e}", example.display()))?;
+    if !String::from_utf8_lossy(&usage.stderr).starts_with("usage: ") {
+        return Err(format!("the C example with the installed library: {usage:?}"));
+    }
+    let version = output(Command::new(prefix.join("bin/krun")).arg("--version"))?;
+    if version.trim() != format!("krun {VERSION}") {
+        return Err(format!("krun --version printed {version:?}"));
+    }
+    for (path, part) in [
+        ("share/man/man1/krun.1", ".TH krun"),
+        ("share/bash-completion/completions/krun", "complete"),
+        ("share/zsh/site-functions/_krun", "#compdef krun"),
+        ("share/fish/vendor_completions.d/krun.fish", "complete -c krun"),
+        ("include/libkrun_input.h", "#include"),
+    ] {
+        let path = prefix.join(path);
+        if !String::from_utf8_lossy(&read(&path)?).contains(part) {
+            return Err(format!("{} has no {part:?}", path.display()));
+        }
+    }
+    fs::remove_dir_all(&dir).map_err(|e| format!("{}: {e}", dir.display()))
+}
+
+fn output(command: &mut Command) -> Result<String, String> {
+    let out = command.output().map_err(|e| format!("{command:?}: {e}"))?;
+    if out.status.success() {
+        return Ok(String::from_utf8_lossy(&out.stdout).into_owned());
+    }
+    Err(format!("{command:?}: {}: {}", out.status, String::from_utf8_lossy(&out.stderr)))
+}
+
 fn pkg_config(prefix: &Path) -> String {
     format!(
         "prefix={}\nlibdir=${{prefix}}/lib\nincludedir=${{prefix}}/include\n\n\

@@ -2,7 +2,7 @@
 
 mod arrows;
 mod bench;
-mod debian_bundle;
+mod debian;
 mod demo;
 mod emulated;
 mod install;
@@ -28,7 +28,7 @@ const COMMANDS: &[Command] = &[
         kernel::run,
     ),
     ("bundle", "", "fetches Debian's kernel bundle and says where it is", |_| {
-        debian_bundle::ensure().map(|path| println!("{}", path.display()))
+        debian::bundle().map(|path| println!("{}", path.display()))
     }),
     ("rootfs", "", "makes the Debian root with Python and says where it is", |_| {
         rootfs::ensure(rootfs::PYTHON).map(|path| println!("{}", path.display()))

@@ -7,7 +7,7 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use crate::emulated::Lab;
-use crate::{arrows, debian_bundle, kernel, packages, rootfs};
+use crate::{arrows, debian, install, kernel, packages, rootfs};
 
 /// What a part of the tests came to.
 #[derive(Debug, Default, Clone, PartialEq, Eq)]
@@ -117,6 +117,8 @@ pub fn run(names: &[String]) -> Result<(), String> {
         let mut unit = Command::new("cargo");
         unit.args(["test", "--quiet", "--workspace", "--no-fail-fast"]);
         counts.add(counted("cargo test", &mut unit));
+        stage("installation");
+        counts.check("cargo xtask install", install::check());
     }
     stage("VM tests in the emulated host");
     counts.add(vm_tests(names)?);
@@ -146,10 +148,11 @@ const TOOLS: &[&str] = &[
 /// Builds what the VM tests need and runs them against both kernel bundles, one emulated host each.
 fn vm_tests(names: &[String]) -> Result<Counts, String> {
     let ours = kernel::ensure_guest()?;
-    let debian = debian_bundle::ensure()?;
+    let debian = debian::bundle()?;
     let root = rootfs::ensure(rootfs::TEST)?;
     let built = build()?;
     let images = kernel_images(&ours.vmlinux)?;
+    let stock = debian::kernel()?;
     // The two halves run side by side; the emulated host is single-threaded.
     let lab = Lab::ensure(&built.krun)?;
     // After QEMU: installing that removes qemu-utils of another version.
@@ -173,6 +176,7 @@ fn vm_tests(names: &[String]) -> Result<Counts, String> {
             words.extend(names.iter().map(Into::into));
             let env = vec![
                 ("KRUN_TEST_KERNELS".into(), images.clone().into_os_string()),
+                ("KRUN_TEST_BZIMAGE".into(), stock.clone().into_os_string()),
                 // Its own and empty, so that what a test leaves behind can be seen.
                 ("TMPDIR".into(), "/run".into()),
             ];

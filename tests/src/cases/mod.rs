@@ -53,6 +53,7 @@ pub const ALL: &[Case] = &[
     programs::COMPILE,
     programs::DPKG,
     kernels::CASE,
+    kernels::BZIMAGE,
     bad_input::CASE,
     c_abi::CASE,
     balloon::CASE,

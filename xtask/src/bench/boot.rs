@@ -7,7 +7,7 @@ use std::path::{Path, PathBuf};
 use std::process::Command;
 
 use crate::emulated::Lab;
-use crate::{debian_bundle, kernel, packages, rootfs, test};
+use crate::{debian, kernel, packages, rootfs, test};
 
 /// How often each program runs, if not said.
 pub const ROUNDS: &str = "7";
@@ -72,7 +72,7 @@ pub fn run(rounds: &str) -> Result<(), String> {
 fn prepare() -> Result<Setup, String> {
     packages::ensure("the benchmark", &["busybox-static", "cpio", "qemu-system-x86", "strace"])?;
     let ours = kernel::ensure_guest()?;
-    let debian = debian_bundle::ensure()?;
+    let debian = debian::bundle()?;
     let built = test::build()?;
     let upstream = upstream()?;
     let absolute = |p: PathBuf| std::path::absolute(p).map_err(|e| e.to_string());
