@@ -11,3 +11,4 @@ pub mod net;
 pub mod rng;
 mod sys;
 pub mod tty;
+pub mod vsock;

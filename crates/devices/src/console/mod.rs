@@ -25,7 +25,6 @@ mod fuzz;
 mod port;
 mod spec;
 mod stream;
-mod sys;
 #[cfg(test)]
 pub(crate) mod test_util;
 

@@ -16,8 +16,7 @@ use krun_memory::VolatileSlice;
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::fs::{FileType, Mode, OFlags};
 
-use super::sys;
-use crate::tty;
+use crate::{sys, tty};
 
 /// What a ready pipe takes without blocking (`PIPE_BUF` of Linux).
 const PIPE_ATOMIC: usize = 4096;

@@ -5,7 +5,8 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 
 use rustix::io::Errno;
-use rustix::process::{Resource, getrlimit};
+
+use crate::sys::descriptors_for_guests;
 
 /// How many inodes and open files a guest may have known, in all of its shares together. Clones count together.
 ///
@@ -63,9 +64,7 @@ impl Default for Quota {
 pub struct Limits {
     /// Inodes that keep a descriptor.
     pub cached: usize,
-    /// Descriptors of the guest's open files have numbers below this. The lowest free number is always the one
-    /// given out, so a higher one tells that the process, whatever else it does, has nearly as many descriptors
-    /// as it may have.
+    /// Descriptors of the guest's open files have numbers below this.
     pub top: RawFd,
     /// Descriptors that are kept only to save work have numbers below this.
     pub spare: RawFd,
@@ -74,15 +73,12 @@ pub struct Limits {
 }
 
 impl Limits {
-    /// Those that go with the process's limit of open files. An eighth is left alone, and half is not for what could
-    /// be opened again. An eighth is for inodes of this share, for there are others.
+    /// Those that go with the process's limit of open files. An eighth is for inodes of this share, for there are
+    /// others.
     pub fn new(quota: Quota) -> Self {
-        let limit = getrlimit(Resource::Nofile).current.unwrap_or(1 << 20);
-        let limit = usize::try_from(limit).unwrap_or(usize::MAX).min(RawFd::MAX as usize);
-        let spared = (limit / 8).clamp(16, 1024);
-        let number = |n| RawFd::try_from(n).unwrap_or(RawFd::MAX);
-        let (top, spare) = (number(limit.saturating_sub(spared)), number(limit / 2));
-        Self { cached: (limit / 8).clamp(16, 1 << 16), top, spare, quota }
+        let (top, spare) = descriptors_for_guests();
+        let cached = usize::try_from(spare / 4).unwrap_or(0).clamp(16, 1 << 16);
+        Self { cached, top, spare, quota }
     }
 
     /// Whether `fd` may be an open file of the guest's.

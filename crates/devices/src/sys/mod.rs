@@ -1,6 +1,10 @@
 //! System calls that several devices need.
 
+mod descriptors;
+mod pieces;
 pub(crate) mod signals;
 mod timer;
 
+pub(crate) use descriptors::descriptors_for_guests;
+pub(crate) use pieces::{read_into, write_from};
 pub(crate) use timer::Timer;

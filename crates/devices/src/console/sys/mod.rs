@@ -1,5 +1,0 @@
-//! System calls of the console.
-
-mod unix;
-
-pub use unix::{read_into, write_from};

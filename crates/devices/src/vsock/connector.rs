@@ -1,0 +1,64 @@
+//! A unix socket of the host to which a port of the guest's host leads.
+
+use std::collections::VecDeque;
+use std::io;
+use std::path::PathBuf;
+use std::time::{Duration, Instant};
+
+use super::stream::Stream;
+
+/// How long a connection may wait for the program at the path to accept others. A guest's Linux waits for two seconds
+/// unless told otherwise.
+const PATIENCE: Duration = Duration::from_secs(10);
+
+/// Connects, in the order of the guest's requests.
+#[derive(Debug)]
+pub struct Connector {
+    path: PathBuf,
+    /// Connections that are not made yet, and since when.
+    waiting: VecDeque<(u32, Instant)>,
+}
+
+impl Connector {
+    /// Connects to `path`.
+    pub fn new(path: PathBuf) -> Self {
+        Self { path, waiting: VecDeque::new() }
+    }
+
+    /// Puts connection `id` last.
+    pub fn push(&mut self, id: u32) {
+        self.waiting.push_back((id, Instant::now()));
+    }
+
+    /// Forgets all that wait.
+    pub fn clear(&mut self) {
+        self.waiting.clear();
+    }
+
+    /// Whether some wait.
+    pub fn is_waiting(&self) -> bool {
+        !self.waiting.is_empty()
+    }
+
+    /// Connects the first that is `wanted` still, and says how that went; `None` when nobody waits, or the program has
+    /// as many connections to accept as fit.
+    pub fn next(&mut self, wanted: impl Fn(u32) -> bool) -> Option<(u32, io::Result<Stream>)> {
+        while let Some(&(id, since)) = self.waiting.front() {
+            let result = match wanted(id).then(|| Stream::connect(&self.path)) {
+                None => None,
+                Some(Ok(None)) if since.elapsed() < PATIENCE => return None,
+                Some(Ok(None)) => Some(Err(io::ErrorKind::TimedOut.into())),
+                Some(Ok(Some(stream))) => Some(Ok(stream)),
+                Some(Err(e)) => Some(Err(e)),
+            };
+            self.waiting.pop_front();
+            if let Some(result) = result {
+                if let Err(e) = &result {
+                    tracing::debug!("vsock: connecting to {}: {e}", self.path.display());
+                }
+                return Some((id, result));
+            }
+        }
+        None
+    }
+}

@@ -1,0 +1,447 @@
+//! The device: connections put together with the guest's queues.
+
+use std::collections::{BTreeMap, VecDeque};
+use std::os::fd::{AsFd, AsRawFd, RawFd};
+use std::sync::Arc;
+use std::time::Duration;
+
+use krun_event::{Interest, Ready};
+use krun_virtio::{Chain, ConfigSpace, Cx, DeviceError, DeviceInfo, Reader, VirtioDevice, Writer};
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
+
+use super::connection::{Connection, Fate, Key};
+use super::connector::Connector;
+use super::listener::Listener;
+use super::packet::{HOST_CID, Header, STREAM, op};
+use super::spec::{Direction, VsockError, VsockSpec};
+use super::stream::Stream;
+use super::table::Table;
+use crate::sys::{Timer, descriptors_for_guests};
+
+/// Queues, by their index: to the guest, and from it. The third, for events, is never used: only the migration of a guest
+/// causes some.
+const RX: usize = 0;
+const TX: usize = 1;
+const QUEUE_SIZES: [u16; 3] = [128, 128, 8];
+
+/// Tokens: the timer, then the listeners, then the connections.
+const TIMER: u64 = 0;
+const FIRST_LISTENER: u64 = 1;
+const FIRST_CONNECTION: u64 = 1 << 31;
+
+/// RSTs that wait for a buffer of the guest's. With so many, no more packets are taken from it until some are gone.
+const MAX_RESETS: usize = 1 << 16;
+/// Packets of one connection before another has its turn.
+const BURST: u32 = 16;
+/// Connections accepted before others have their turn.
+const ACCEPT_BATCH: u32 = 64;
+/// Time after which something is tried again of which no event tells: connecting where as many wait as fit, accepting
+/// when no descriptor was left.
+const RETRY_AFTER: Duration = Duration::from_millis(20);
+/// How long the end waits for a program of the host that takes nothing.
+const DRAIN_PATIENCE: Duration = Duration::from_secs(2);
+
+/// `le64 guest_cid` (virtio 1.2, section 5.10.4).
+#[derive(Debug)]
+struct Config {
+    cid: u64,
+}
+
+impl ConfigSpace for Config {
+    fn read(&self, offset: u64, data: &mut [u8]) {
+        let bytes = self.cid.to_le_bytes();
+        let from = usize::try_from(offset).ok().and_then(|at| bytes.get(at..)).unwrap_or_default();
+        for (i, byte) in data.iter_mut().enumerate() {
+            *byte = from.get(i).copied().unwrap_or(0);
+        }
+    }
+}
+
+/// Fills in what is the same in all packets of connections.
+fn to_guest(cid: u64, header: Header) -> Header {
+    Header { src_cid: HOST_CID, dst_cid: cid, kind: STREAM, ..header }
+}
+
+/// The end of a connection.
+fn reset(cid: u64, key: Key) -> Header {
+    let (src_port, dst_port) = (key.host_port, key.guest_port);
+    to_guest(cid, Header { op: op::RST, src_port, dst_port, ..Header::default() })
+}
+
+/// A virtio socket device.
+#[derive(Debug)]
+pub struct Vsock {
+    config: Arc<Config>,
+    /// By port of the host.
+    connectors: BTreeMap<u32, Connector>,
+    listeners: Vec<Listener>,
+    table: Table,
+    /// RSTs due to the guest, apart from connections, which are gone by then.
+    resets: VecDeque<Header>,
+    /// Connections whose watch may have to change.
+    touched: Vec<u32>,
+    timer: Timer,
+    timing: bool,
+    /// Sockets of connections have numbers below this.
+    top: RawFd,
+}
+
+impl Vsock {
+    /// Virtio device id.
+    pub const ID: u32 = 19;
+
+    /// Checks `spec` and creates its sockets.
+    ///
+    /// # Errors
+    /// [`VsockSpec::validate`]'s, a socket that cannot be created, or no descriptor is left.
+    pub fn new(spec: VsockSpec) -> Result<Self, VsockError> {
+        spec.validate()?;
+        let timer =
+            Timer::new().map_err(|source| VsockError::Host { what: "creating a timer".into(), source })?;
+        let (mut connectors, mut listeners) = (BTreeMap::new(), Vec::new());
+        for port in spec.ports {
+            match port.direction {
+                Direction::FromGuest => {
+                    connectors.insert(port.port, Connector::new(port.path));
+                }
+                Direction::FromHost => listeners.push(Listener::bind(&port)?),
+            }
+        }
+        Ok(Self {
+            config: Arc::new(Config { cid: spec.cid.into() }),
+            connectors,
+            listeners,
+            table: Table::new(spec.max_connections),
+            resets: VecDeque::new(),
+            touched: Vec::new(),
+            timer,
+            timing: false,
+            top: RawFd::MAX,
+        })
+    }
+
+    /// Takes the guest's packets.
+    fn take(&mut self, cx: &mut Cx<'_>) -> Result<(), DeviceError> {
+        while self.resets.len() < MAX_RESETS
+            && let Some(chain) = cx.pop(TX)?
+        {
+            self.packet(&chain, cx);
+            cx.complete(TX, chain, 0)?;
+        }
+        Ok(())
+    }
+
+    fn packet(&mut self, chain: &Chain, cx: &Cx<'_>) {
+        let mut reader = chain.reader(cx.memory());
+        let Some(header) = Header::read(&mut reader) else {
+            tracing::debug!("vsock: a packet of {} bytes is none", chain.readable_len());
+            return;
+        };
+        if header.src_cid != self.config.cid {
+            tracing::debug!("vsock: a packet from context id {}, not the guest's", header.src_cid);
+            return;
+        }
+        let key = Key { host_port: header.dst_port, guest_port: header.src_port };
+        let is_ours = header.dst_cid == HOST_CID && header.kind == STREAM;
+        match self.table.find(&key).filter(|_| is_ours) {
+            Some(id) => self.known(id, &header, &mut reader, cx),
+            None if is_ours && header.op == op::REQUEST => self.request(key, &header),
+            None => self.refuse(&header),
+        }
+    }
+
+    fn refuse(&mut self, header: &Header) {
+        self.resets.extend(header.refusal());
+    }
+
+    /// A packet of a connection.
+    fn known(&mut self, id: u32, header: &Header, reader: &mut Reader<'_>, cx: &Cx<'_>) {
+        let Some(connection) = self.table.get_mut(id) else { return };
+        if header.op == op::REQUEST && connection.is_over() {
+            // The guest has forgotten it and uses its port again.
+            let key = connection.key();
+            self.remove(id, cx);
+            return self.request(key, header);
+        }
+        match connection.receive(header, reader) {
+            Fate::Stays => self.touch(id),
+            Fate::Finished => {
+                connection.drain();
+                self.table.free_key(id);
+                self.refuse(header);
+                self.touch(id);
+            }
+            Fate::Refused => {
+                self.refuse(header);
+                self.remove(id, cx);
+            }
+            Fate::Dropped => self.remove(id, cx),
+        }
+    }
+
+    /// The guest wants to connect.
+    fn request(&mut self, key: Key, header: &Header) {
+        let Some(connector) = self.connectors.get_mut(&key.host_port) else {
+            return self.refuse(header);
+        };
+        if self.table.is_full() {
+            tracing::debug!("vsock: a connection to port {} is one too many", key.host_port);
+            return self.refuse(header);
+        }
+        let connection = Connection::requested_by_guest(key, self.table.room(), header);
+        connector.push(self.table.insert(connection));
+        self.connect(key.host_port);
+    }
+
+    /// Makes the connections to `port` that can be made now.
+    fn connect(&mut self, port: u32) {
+        let cid = self.config.cid;
+        let Some(connector) = self.connectors.get_mut(&port) else { return };
+        loop {
+            let table = &self.table;
+            let next = connector.next(|id| table.get(id).is_some_and(Connection::is_connecting));
+            let Some((id, result)) = next else { break };
+            match (self.table.get_mut(id), result) {
+                (Some(connection), Ok(stream)) if stream.as_fd().as_raw_fd() < self.top => {
+                    connection.connected(stream);
+                    self.table.line_up(id);
+                    self.touched.push(id);
+                }
+                _ => {
+                    if let Some(connection) = self.table.remove(id) {
+                        self.resets.push_back(reset(cid, connection.key()));
+                    }
+                }
+            }
+        }
+        if connector.is_waiting() {
+            self.retry_later();
+        }
+    }
+
+    /// Asks the guest for a connection with one that was accepted.
+    fn call_guest(&mut self, guest_port: u32, stream: Stream) {
+        let key = Key { host_port: self.table.free_port(guest_port), guest_port };
+        let connection = Connection::requested_by_host(key, self.table.room(), stream);
+        let id = self.table.insert(connection);
+        self.touch(id);
+    }
+
+    fn accept(&mut self, index: usize, cx: &Cx<'_>) {
+        let Some(listener) = self.listeners.get(index) else { return };
+        let port = listener.port();
+        for _ in 0..ACCEPT_BATCH {
+            if self.table.is_full() {
+                return self.pause(index, cx);
+            }
+            match self.listeners[index].accept() {
+                Ok(Some(stream)) => {
+                    let last = stream.as_fd().as_raw_fd() >= self.top;
+                    self.call_guest(port, stream);
+                    if last {
+                        return self.pause(index, cx);
+                    }
+                }
+                Ok(None) => return,
+                Err(e) => {
+                    tracing::warn!("vsock: accepting at {}: {e}", self.listeners[index].path().display());
+                    return self.pause(index, cx);
+                }
+            }
+        }
+    }
+
+    /// Accepts nothing for a while.
+    fn pause(&mut self, index: usize, cx: &Cx<'_>) {
+        let listener = &mut self.listeners[index];
+        if !std::mem::replace(&mut listener.paused, true) {
+            // It was watched.
+            let _ = cx.unwatch(listener);
+        }
+        self.retry_later();
+    }
+
+    fn retry_later(&mut self) {
+        if !std::mem::replace(&mut self.timing, true)
+            && let Err(e) = self.timer.set(RETRY_AFTER)
+        {
+            tracing::warn!("vsock: setting a timer: {e}");
+        }
+    }
+
+    fn retry(&mut self, cx: &Cx<'_>) -> Result<(), DeviceError> {
+        self.timer.take();
+        self.timing = false;
+        let ports: Vec<_> = self.connectors.iter().filter(|c| c.1.is_waiting()).map(|c| *c.0).collect();
+        for port in ports {
+            self.connect(port);
+        }
+        for index in 0..self.listeners.len() {
+            if std::mem::take(&mut self.listeners[index].paused) {
+                self.watch_listener(index, cx)?;
+                self.accept(index, cx);
+            }
+        }
+        Ok(())
+    }
+
+    fn watch_listener(&self, index: usize, cx: &Cx<'_>) -> Result<(), DeviceError> {
+        let listener = &self.listeners[index];
+        cx.watch(listener, FIRST_LISTENER + index as u64, Interest::Read).map_err(|source| {
+            DeviceError::Host { what: format!("watching the socket {}", listener.path().display()), source }
+        })
+    }
+
+    /// Something changed for a connection.
+    fn touch(&mut self, id: u32) {
+        self.table.line_up(id);
+        self.touched.push(id);
+    }
+
+    fn remove(&mut self, id: u32, cx: &Cx<'_>) {
+        if let Some(mut connection) = self.table.remove(id) {
+            connection.unwatch(cx);
+        }
+    }
+
+    /// Fills the guest's buffers with what is due.
+    fn deliver(&mut self, cx: &mut Cx<'_>) -> Result<(), DeviceError> {
+        let mut burst = 0;
+        while !self.resets.is_empty() || self.table.has_turn() {
+            let Some(chain) = cx.pop(RX)? else { break };
+            let room = chain.writable_len();
+            if room as usize <= Header::SIZE {
+                let text = format!("a receive buffer of {room} bytes has no room for data");
+                return Err(DeviceError::Driver(text));
+            }
+            let mut head = chain.writer(cx.memory());
+            let mut body = head.split_at(Header::SIZE);
+            let Some(header) = self.next_packet(&mut body, &mut burst) else {
+                cx.unpop(RX, chain);
+                break;
+            };
+            std::io::Write::write_all(&mut head, &header.to_bytes())
+                .map_err(|e| DeviceError::Driver(format!("a receive buffer: {e}")))?;
+            cx.complete(RX, chain, head.written() + body.written())?;
+        }
+        Ok(())
+    }
+
+    fn next_packet(&mut self, body: &mut Writer<'_>, burst: &mut u32) -> Option<Header> {
+        if let Some(reset) = self.resets.pop_front() {
+            return Some(reset);
+        }
+        let cid = self.config.cid;
+        while let Some((id, connection)) = self.table.first() {
+            let packet = connection.next_packet(body);
+            *burst += 1;
+            if packet.is_none() || *burst >= BURST || !connection.wants_turn() {
+                *burst = 0;
+                self.table.next();
+                self.touched.push(id);
+            }
+            if let Some(header) = packet {
+                return Some(to_guest(cid, header));
+            }
+        }
+        None
+    }
+
+    /// After every event: what is due goes to the guest, and sockets are watched for what is wanted now.
+    fn finish(&mut self, cx: &mut Cx<'_>) -> Result<(), DeviceError> {
+        let was_stopped = self.resets.len() >= MAX_RESETS;
+        self.deliver(cx)?;
+        if was_stopped {
+            self.take(cx)?;
+            self.deliver(cx)?;
+        }
+        while let Some(id) = self.touched.pop() {
+            let Some(connection) = self.table.get_mut(id) else { continue };
+            if connection.is_done() {
+                self.remove(id, cx);
+            } else if let Err(e) = connection.settle(cx, FIRST_CONNECTION + u64::from(id)) {
+                tracing::warn!("vsock: a connection is dropped as its socket cannot be watched: {e}");
+                self.resets.push_back(reset(self.config.cid, connection.key()));
+                self.remove(id, cx);
+            }
+        }
+        Ok(())
+    }
+
+    /// Waits until a socket takes something of what is held; false when none does.
+    fn wait_for_room(&mut self) -> bool {
+        let sockets = self.table.iter_mut().filter(|c| c.is_holding());
+        let mut fds: Vec<_> = sockets
+            .filter_map(|c| c.socket().map(|s| PollFd::from_borrowed_fd(s.as_fd(), PollFlags::OUT)))
+            .collect();
+        let patience = Timespec { tv_sec: DRAIN_PATIENCE.as_secs() as i64, tv_nsec: 0 };
+        !fds.is_empty() && poll(&mut fds, Some(&patience)).is_ok_and(|n| n > 0)
+    }
+}
+
+impl VirtioDevice for Vsock {
+    fn info(&self) -> DeviceInfo {
+        DeviceInfo {
+            id: Self::ID,
+            name: "vsock".into(),
+            // VIRTIO_VSOCK_F_STREAM, which drivers that know no features take for granted.
+            features: 1,
+            queue_sizes: QUEUE_SIZES.to_vec(),
+            shm: Vec::new(),
+        }
+    }
+
+    fn config(&self) -> Arc<dyn ConfigSpace> {
+        Arc::clone(&self.config) as Arc<dyn ConfigSpace>
+    }
+
+    fn start(&mut self, cx: &mut Cx<'_>) -> Result<(), DeviceError> {
+        self.top = descriptors_for_guests().0;
+        cx.watch(&self.timer, TIMER, Interest::Read)
+            .map_err(|source| DeviceError::Host { what: "watching a timer".into(), source })?;
+        (0..self.listeners.len()).try_for_each(|index| self.watch_listener(index, cx))
+    }
+
+    fn on_queue(&mut self, queue: usize, cx: &mut Cx<'_>) -> Result<(), DeviceError> {
+        if queue == TX {
+            self.take(cx)?;
+        }
+        self.finish(cx)
+    }
+
+    fn on_event(&mut self, ready: Ready, cx: &mut Cx<'_>) -> Result<(), DeviceError> {
+        match ready.token {
+            TIMER => self.retry(cx)?,
+            token if token < FIRST_CONNECTION => self.accept((token - FIRST_LISTENER) as usize, cx),
+            token => {
+                let id = (token - FIRST_CONNECTION) as u32;
+                if let Some(connection) = self.table.get_mut(id) {
+                    connection.ready(ready.readable, ready.writable);
+                    self.touch(id);
+                }
+            }
+        }
+        self.finish(cx)
+    }
+
+    fn drain(&mut self, cx: &mut Cx<'_>) -> Result<(), DeviceError> {
+        // What the guest is told now it does not hear.
+        self.resets.clear();
+        self.take(cx)?;
+        while self.wait_for_room() {
+            for connection in self.table.iter_mut().filter(|c| c.is_holding()) {
+                connection.flush();
+            }
+        }
+        Ok(())
+    }
+
+    fn stop(&mut self) {
+        self.table.clear();
+        self.resets.clear();
+        self.touched.clear();
+        self.connectors.values_mut().for_each(Connector::clear);
+        self.listeners.iter_mut().for_each(|l| l.paused = false);
+        self.timing = false;
+    }
+}
