@@ -22,3 +22,6 @@ mod table;
 pub use device::Vsock;
 pub use listener::check_path;
 pub use spec::{Direction, PortSpec, VsockError, VsockSpec};
+
+#[cfg(test)]
+mod tests;

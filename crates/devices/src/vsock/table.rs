@@ -183,7 +183,7 @@ mod tests {
         }
         assert_eq!(ids.len(), 1 << 14);
         assert_eq!(table.get(ids[255]).unwrap().room(), 256 << 10);
-        assert!((16 << 10..=32 << 10).contains(&table.get(ids[1024]).unwrap().room()));
+        assert!((8 << 10..=16 << 10).contains(&table.get(ids[1024]).unwrap().room()));
         assert_eq!(u64::from(table.get(ids[16000]).unwrap().room()), LEAST);
         assert!(table.promised <= POOL + (LEAST << 14));
         for id in ids {
