@@ -286,6 +286,34 @@ int32_t krun_set_passt_fd(uint32_t ctx_id, int fd);
 int32_t krun_set_gvproxy_path(uint32_t ctx_id, char *path);
 int32_t krun_set_net_mac(uint32_t ctx_id, uint8_t *const mac);
 
+/* ------------------------------------------------------------------- sockets */
+
+/* Programs of the guest reach programs of the host through AF_VSOCK stream sockets; the guest's context
+ * id is 3, the host's 2. Each port is joined to a unix stream socket of the host.
+ *
+ * Connections of the guest to `port` of the host go to the socket at `filepath`, which is connected to
+ * each time; the guest sees ECONNRESET when nobody listens there. */
+int32_t krun_add_vsock_port(uint32_t ctx_id, uint32_t port, const char *filepath);
+
+/* The same with `listen` false. With `listen` true a socket is created at `filepath` when the VM starts,
+ * and removed when it has ended; connections to it go to `port` of the guest. A client whose connection
+ * the guest refuses reads the end of the stream at once.
+ *
+ * -EEXIST: the port was added already in this direction, or (`listen`) something is at `filepath`, other
+ * than a socket that a program left behind. -EINVAL also for a path of more than 107 bytes. -ENODEV: the
+ * implicit device was disabled and none was added. */
+int32_t krun_add_vsock_port2(uint32_t ctx_id, uint32_t port, const char *filepath, bool listen);
+
+#define KRUN_TSI_HIJACK_INET 1
+#define KRUN_TSI_HIJACK_UNIX 2
+
+/* Adds the socket device whether or not it has ports. -EEXIST: there is one, or the implicit device was
+ * not disabled before. `tsi_features` other than 0 are -ENOTSUP. */
+int32_t krun_add_vsock(uint32_t ctx_id, uint32_t tsi_features);
+
+/* Without this there is a device as soon as a port was added. */
+int32_t krun_disable_implicit_vsock(uint32_t ctx_id);
+
 /* ------------------------------------------------------------------- running */
 
 /* A descriptor; writing 8 bytes to it asks the guest to end the workload and power off. */
@@ -302,11 +330,6 @@ int32_t krun_set_mapped_volumes(uint32_t ctx_id, const char *const mapped_volume
 
 /* NULL or an empty list asks for nothing and is accepted; ports are -ENOTSUP. */
 int32_t krun_set_port_map(uint32_t ctx_id, const char *const port_map[]);
-int32_t krun_add_vsock_port(uint32_t ctx_id, uint32_t port, const char *filepath);
-int32_t krun_add_vsock_port2(uint32_t ctx_id, uint32_t port, const char *filepath, bool listen);
-int32_t krun_add_vsock(uint32_t ctx_id, uint32_t tsi_features);
-/* There is no implicit vsock device yet, so this has nothing to do and succeeds. */
-int32_t krun_disable_implicit_vsock(uint32_t ctx_id);
 
 int32_t krun_set_gpu_options(uint32_t ctx_id, uint32_t virgl_flags);
 int32_t krun_set_gpu_options2(uint32_t ctx_id, uint32_t virgl_flags, uint64_t shm_size);

@@ -171,6 +171,10 @@ pub struct Run {
     /// dhcp=off, vfkit; for passt tcp=PORTS and udp=PORTS, as its -t and -u take them. With -v it is heard.
     #[arg(long = "net", value_name = "PEER[,OPTION]...", value_parser = crate::nets::parse)]
     pub nets: Vec<crate::nets::NetArg>,
+    /// Join a vsock port to a unix socket of this host: a connection of the guest to the host's port (CID 2) goes to
+    /// the socket at PATH. With :listen a socket is created at PATH, and a connection to it goes to the guest's port.
+    #[arg(long, value_name = "PORT:PATH[:listen]", value_parser = os_parser(vsock))]
+    pub vsock: Vec<krun::VsockPort>,
 
     /// Keep memory that the guest has freed; without this option it goes back to the host after some seconds.
     #[arg(long)]
@@ -226,6 +230,21 @@ fn volume(text: &OsStr) -> Result<Volume, String> {
     Ok(Volume { host: path(host), guest: path(guest), read_only })
 }
 
+fn vsock(text: &OsStr) -> Result<krun::VsockPort, String> {
+    let bytes = text.as_bytes();
+    let (bytes, direction) = match bytes.strip_suffix(b":listen") {
+        Some(rest) => (rest, krun::VsockDirection::FromHost),
+        None => (bytes, krun::VsockDirection::FromGuest),
+    };
+    let at = bytes.iter().position(|b| *b == b':').ok_or("write PORT:PATH or PORT:PATH:listen")?;
+    let (port, path) = (&bytes[..at], &bytes[at + 1..]);
+    let port = std::str::from_utf8(port).ok().and_then(|p| p.parse().ok());
+    let port = port.ok_or("the port before ':' is a number from 0 to 4294967294")?;
+    let spec = krun::VsockPort { port, path: PathBuf::from(OsStr::from_bytes(path)), direction };
+    spec.validate().map_err(|e| e.to_string())?;
+    Ok(spec)
+}
+
 /// Memory in MiB.
 fn memory(text: &str) -> Result<u64, String> {
     let lower = text.trim().to_ascii_lowercase();
@@ -275,6 +294,17 @@ mod tests {
         assert_eq!(volume(OsStr::new("a:b:/c:ro")), Ok(v("a:b", "/c", true)));
         for bad in ["/a", ":/b", "/a:b", "/a:"] {
             assert!(volume(OsStr::new(bad)).is_err(), "{bad}");
+        }
+    }
+
+    #[test]
+    fn vsock_ports() {
+        let port = vsock(OsStr::new("1234:/a:b")).unwrap();
+        assert_eq!((port.port, port.path.to_str()), (1234, Some("/a:b")));
+        assert_eq!(port.direction, krun::VsockDirection::FromGuest);
+        assert_eq!(vsock(OsStr::new("0:x:listen")).unwrap().direction, krun::VsockDirection::FromHost);
+        for bad in ["/a", "x:/a", "-1:/a", "4294967295:/a", "1:", "1::listen", ""] {
+            assert!(vsock(OsStr::new(bad)).is_err(), "{bad}");
         }
     }
 

@@ -56,6 +56,12 @@ pub fn run(args: &Run, verbose: u8) -> Result<i32, String> {
     if !args.nets.is_empty() {
         return Err("--net: the emulated host has no network of its own; use a host with KVM".into());
     }
+    if !args.vsock.is_empty() {
+        return Err(
+            "--vsock: unix sockets of this host are out of reach for the emulated host; this needs KVM"
+                .into(),
+        );
+    }
     let engine = engine()?;
     let exe = std::env::current_exe().map_err(|e| format!("cannot find this program's file: {e}"))?;
     start(&engine, Command::new(words(&exe, verbose)), run::writable_paths(args))

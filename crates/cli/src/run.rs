@@ -69,6 +69,7 @@ fn config(args: &Run, verbose: bool) -> Result<VmConfig, String> {
         huge_pages: args.huge_pages,
         balloon: !args.no_balloon,
         inputs: args.inputs.iter().map(|path| input(path)).collect::<Result<_, _>>()?,
+        vsock: (!args.vsock.is_empty()).then(|| krun::Vsock { ports: args.vsock.clone() }),
         verbose,
         ..VmConfig::default()
     })

@@ -233,6 +233,9 @@ pub fn assemble(mut config: VmConfig) -> Result<Parts, Error> {
     for device in config.inputs.drain(..) {
         devices.push(Box::new(input::Input::new(device.config, device.source)));
     }
+    if let Some(vsock) = config.vsock.take() {
+        devices.push(Box::new(vsock.device()?));
+    }
     let mut balloon = None;
     if config.balloon {
         let fail = |source| Error::Host { what: "create the memory balloon", source };

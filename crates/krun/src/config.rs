@@ -6,7 +6,7 @@ use std::sync::Arc;
 
 pub use krun_machine::{Kernel, KernelFormat};
 
-use crate::{Command, Disk, Input, Net, RootDisk};
+use crate::{Command, Disk, Input, Net, RootDisk, Vsock};
 
 /// Tag of the share that is the guest's root.
 pub const ROOT_TAG: &str = "/dev/root";
@@ -46,6 +46,8 @@ pub struct VmConfig {
     pub inputs: Vec<Input>,
     /// Network interfaces, `eth0` and so on, in order.
     pub nets: Vec<Net>,
+    /// A socket device.
+    pub vsock: Option<Vsock>,
     /// A virtio entropy device.
     pub rng: bool,
     /// A memory balloon: memory that the guest has freed goes back to the host by itself, and
@@ -79,6 +81,7 @@ impl Default for VmConfig {
             serial: None,
             inputs: Vec::new(),
             nets: Vec::new(),
+            vsock: None,
             rng: true,
             balloon: true,
             split_irqchip: false,

@@ -9,6 +9,7 @@ use krun_devices::console::ConsoleError;
 use krun_devices::fs::FsError;
 use krun_devices::input::EvdevError;
 use krun_devices::net::NetError;
+use krun_devices::vsock::VsockError;
 use krun_machine::Outcome;
 
 /// An error of this crate. Its text says what is wrong and what would work.
@@ -27,6 +28,9 @@ pub enum Error {
     /// An input device of the host.
     #[error(transparent)]
     Input(#[from] EvdevError),
+    /// A socket device.
+    #[error(transparent)]
+    Vsock(#[from] VsockError),
     /// A disk.
     #[error(transparent)]
     Disk(#[from] BlockError),

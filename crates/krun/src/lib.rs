@@ -33,6 +33,7 @@ mod input;
 mod net;
 mod reclaim;
 mod vm;
+mod vsock;
 
 pub use command::{Command, Limit, LimitError};
 pub use config::{
@@ -53,6 +54,7 @@ pub use krun_wire::{EXIT_NOT_EXECUTABLE, EXIT_NOT_FOUND, EXIT_SETUP};
 pub use net::{Net, NetError, NetPeer, Offloads};
 pub use reclaim::BalloonStatus;
 pub use vm::{ExitStatus, Vm};
+pub use vsock::{Vsock, VsockDirection, VsockError, VsockPort};
 
 /// The built-in init of guests: a static program.
 pub static INIT: &[u8] = include_bytes!(env!("KRUN_INIT"));

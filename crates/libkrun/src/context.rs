@@ -29,6 +29,7 @@ pub struct Context {
     pub serial: Option<(RawFd, RawFd)>,
     pub inputs: Vec<crate::input::Described>,
     pub nets: crate::net::Nets,
+    pub vsock: crate::vsock::Vsock,
     pub uid: Option<libc::uid_t>,
     pub gid: Option<libc::gid_t>,
     pub shutdown: Option<Arc<std::os::fd::OwnedFd>>,

@@ -22,9 +22,6 @@ macro_rules! not_served {
 }
 
 not_served! {
-    krun_add_vsock_port(port: u32, filepath: *const c_char) needs filepath;
-    krun_add_vsock_port2(port: u32, filepath: *const c_char, listen: bool) needs filepath;
-    krun_add_vsock(tsi_features: u32);
     krun_set_gpu_options(virgl_flags: u32);
     krun_set_gpu_options2(virgl_flags: u32, shm_size: u64);
     krun_set_gpu_render_server_fd(render_server_fd: c_int);
@@ -50,11 +47,6 @@ pub unsafe extern "C" fn krun_set_port_map(ctx_id: u32, port_map: *const *const 
             _ => Ok(()),
         }
     })
-}
-
-#[unsafe(no_mangle)]
-pub extern "C" fn krun_disable_implicit_vsock(ctx_id: u32) -> i32 {
-    with(ctx_id, |_| Ok(()))
 }
 
 #[unsafe(no_mangle)]

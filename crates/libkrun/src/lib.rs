@@ -17,6 +17,7 @@ mod log;
 mod machine;
 mod net;
 mod start;
+mod vsock;
 mod workload;
 
 #[cfg(test)]

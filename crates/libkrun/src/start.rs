@@ -96,6 +96,7 @@ fn config(context: &mut Context) -> Answer<api::VmConfig> {
         huge_pages: defaults.huge_pages,
         inputs: context.inputs.drain(..).map(crate::input::device).collect::<Answer<_>>()?,
         nets: context.nets.take()?,
+        vsock: context.vsock.take(),
         verbose: defaults.verbose,
         consoles,
         serial,

@@ -12,6 +12,7 @@ use crate::log::*;
 use crate::machine::*;
 use crate::net::*;
 use crate::start::*;
+use crate::vsock::*;
 use crate::workload::*;
 
 const NOWHERE: u32 = 0x7fff_0000;
@@ -66,6 +67,8 @@ fn an_unknown_context_is_told() {
             krun_set_root_disk_remount(NOWHERE, p, null(), null()),
             krun_set_port_map(NOWHERE, list),
             krun_disable_implicit_vsock(NOWHERE),
+            krun_add_vsock(NOWHERE, 0),
+            krun_add_vsock_port(NOWHERE, 1, p),
         ]
     };
     assert!(answers.iter().all(|a| *a == -libc::ENOENT), "{answers:?}");
@@ -105,6 +108,7 @@ fn null_is_refused_where_something_must_be() {
             krun_add_net_tap(ctx, null(), mac.as_ptr(), 0, 0),
             krun_add_vhost_user_device(ctx, 1, null(), p, 0, null()),
             krun_set_mapped_volumes(ctx, list),
+            krun_add_vsock_port(ctx, 1, null()),
         ]
     };
     assert!(answers.iter().all(|a| *a == -libc::EINVAL), "{answers:?}");
@@ -239,6 +243,46 @@ fn networks_are_checked_and_flags_can_be_probed() {
 }
 
 #[test]
+fn there_is_one_socket_device_and_its_paths_are_free() {
+    let ctx = context();
+    let dir = std::env::temp_dir().join(format!("libkrun-vsock-{}", std::process::id()));
+    std::fs::create_dir_all(&dir).unwrap();
+    let path = |name: &str| c(dir.join(name).to_str().unwrap());
+    std::fs::write(dir.join("file"), "x").unwrap();
+    let _alive = std::os::unix::net::UnixListener::bind(dir.join("alive")).unwrap();
+    drop(std::os::unix::net::UnixListener::bind(dir.join("stale")).unwrap());
+    // SAFETY: the strings live to the end of each call.
+    let add =
+        |port, name: &str, listen| unsafe { krun_add_vsock_port2(ctx, port, path(name).as_ptr(), listen) };
+    for (name, answer) in [("file", -libc::EEXIST), ("alive", -libc::EEXIST), ("stale", 0)] {
+        assert_eq!(add(1, name, true), answer, "{name}");
+    }
+    assert_eq!(add(1, "other", true), -libc::EEXIST);
+    assert_eq!((add(1, "file", false), add(1, "file", false)), (0, -libc::EEXIST));
+    assert_eq!((add(u32::MAX, "x", false), add(2, &"x".repeat(108), true)), (-libc::EINVAL, -libc::EINVAL));
+    assert_eq!(krun_add_vsock(ctx, 0), -libc::EEXIST);
+    assert_eq!(krun_disable_implicit_vsock(ctx), 0);
+    assert_eq!(add(3, "x", false), -libc::ENODEV);
+    assert_eq!((krun_add_vsock(ctx, 1), krun_add_vsock(ctx, 4)), (-libc::ENOTSUP, -libc::EINVAL));
+    assert_eq!((krun_add_vsock(ctx, 0), krun_add_vsock(ctx, 0)), (0, -libc::EEXIST));
+    assert_eq!(add(3, "x", false), 0);
+    assert_eq!(remove(ctx).unwrap().vsock.take().unwrap().ports.len(), 3);
+    std::fs::remove_dir_all(&dir).unwrap();
+    let device = |prepare: fn(u32)| {
+        let ctx = context();
+        prepare(ctx);
+        remove(ctx).unwrap().vsock.take().is_some()
+    };
+    let port = |ctx| {
+        // SAFETY: the string lives to the end of the call.
+        assert_eq!(unsafe { krun_add_vsock_port(ctx, 1, c("/x").as_ptr()) }, 0);
+    };
+    assert!(!device(|_| {}));
+    assert!(device(port));
+    assert!(!device(|ctx| assert_eq!(krun_disable_implicit_vsock(ctx), 0)));
+}
+
+#[test]
 fn a_port_map_of_nothing_is_accepted() {
     let ctx = context();
     // SAFETY: NULL is allowed.
@@ -284,6 +328,7 @@ fn the_header_and_the_code_name_the_same_functions() {
         include_str!("machine.rs"),
         include_str!("net.rs"),
         include_str!("start.rs"),
+        include_str!("vsock.rs"),
         include_str!("workload.rs"),
     ]
     .concat();

@@ -20,7 +20,6 @@ mod stream;
 mod table;
 
 pub use device::Vsock;
-pub use listener::check_path;
 pub use spec::{Direction, PortSpec, VsockError, VsockSpec};
 
 #[cfg(test)]

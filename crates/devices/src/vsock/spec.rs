@@ -5,6 +5,8 @@ use std::io;
 use std::os::unix::ffi::OsStrExt;
 use std::path::PathBuf;
 
+use super::listener::check_path;
+
 /// Longest path of a unix socket, in bytes.
 const MAX_PATH: usize = 107;
 /// The port number that means any.
@@ -129,6 +131,18 @@ impl PortSpec {
             return Err(VsockError::Path { port: self.port, path: self.path.clone() });
         }
         Ok(())
+    }
+
+    /// Checks the values, and that the socket can be created if the device is to do that.
+    ///
+    /// # Errors
+    /// [`PortSpec::validate`]'s, [`VsockError::Occupied`], or the host's.
+    pub fn check(&self) -> Result<(), VsockError> {
+        self.validate()?;
+        match self.direction {
+            Direction::FromGuest => Ok(()),
+            Direction::FromHost => check_path(&self.path).map(drop),
+        }
     }
 }
 
