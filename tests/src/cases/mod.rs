@@ -26,6 +26,7 @@ mod shares;
 mod signals;
 mod stdio;
 mod terminal;
+mod vsock;
 
 /// Every case.
 pub const ALL: &[Case] = &[
@@ -71,4 +72,8 @@ pub const ALL: &[Case] = &[
     disk_root::CASE,
     disk_faults::SPACE,
     disk_faults::POWER_CUT,
+    vsock::CASE,
+    vsock::MANY,
+    vsock::BULK,
+    vsock::STUCK,
 ];

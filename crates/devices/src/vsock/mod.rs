@@ -13,6 +13,8 @@ mod connection;
 mod connector;
 mod credit;
 mod device;
+#[cfg(any(test, feature = "mock"))]
+mod fuzz;
 mod listener;
 mod packet;
 mod spec;
@@ -20,6 +22,9 @@ mod stream;
 mod table;
 
 pub use device::Vsock;
+#[cfg(any(test, feature = "mock"))]
+#[doc(hidden)]
+pub use fuzz::fuzz_one;
 pub use spec::{Direction, PortSpec, VsockError, VsockSpec};
 
 #[cfg(test)]

@@ -127,7 +127,8 @@ impl Header {
     }
 }
 
-#[cfg(test)]
+#[cfg(any(test, feature = "mock"))]
+#[allow(clippy::unwrap_used)]
 impl Header {
     /// Takes one off the front of a packet.
     pub fn split(packet: &[u8]) -> (Self, &[u8]) {
