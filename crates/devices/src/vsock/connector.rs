@@ -25,8 +25,11 @@ impl Connector {
         Self { path, waiting: VecDeque::new() }
     }
 
-    /// Puts connection `id` last.
-    pub fn push(&mut self, id: u32) {
+    /// Puts connection `id` last. When there are `limit` others, those that are not `wanted` any more are dropped.
+    pub fn push(&mut self, id: u32, limit: usize, wanted: impl Fn(u32) -> bool) {
+        if self.waiting.len() >= limit {
+            self.waiting.retain(|(id, _)| wanted(*id));
+        }
         self.waiting.push_back((id, Instant::now()));
     }
 

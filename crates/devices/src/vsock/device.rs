@@ -189,7 +189,10 @@ impl Vsock {
             return self.refuse(header);
         }
         let connection = Connection::requested_by_guest(key, self.table.room(), header);
-        connector.push(self.table.insert(connection));
+        let id = self.table.insert(connection);
+        let table = &self.table;
+        // Each of those that are wanted is a connection.
+        connector.push(id, 2 * table.limit(), |id| table.get(id).is_some_and(Connection::is_connecting));
         self.connect(key.host_port);
     }
 

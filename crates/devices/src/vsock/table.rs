@@ -47,6 +47,11 @@ impl Table {
         }
     }
 
+    /// Most connections.
+    pub fn limit(&self) -> usize {
+        self.limit
+    }
+
     /// Whether there can be no more.
     pub fn is_full(&self) -> bool {
         self.by_id.len() >= self.limit
@@ -131,6 +136,10 @@ impl Table {
             && connection.wants_turn()
             && !std::mem::replace(&mut connection.in_turn, true)
         {
+            if self.turn.len() >= 2 * self.limit {
+                // A guest that takes nothing makes and drops connections.
+                self.turn.retain(|id| self.by_id.contains_key(id));
+            }
             self.turn.push_back(id);
         }
     }
@@ -166,6 +175,7 @@ impl Table {
 mod tests {
     use super::*;
     use crate::vsock::packet::Header;
+    use crate::vsock::stream::Stream;
 
     fn add(table: &mut Table, guest_port: u32) -> u32 {
         let host_port = table.free_port(guest_port);
@@ -190,6 +200,20 @@ mod tests {
             table.remove(id).unwrap();
         }
         assert_eq!((table.promised, table.by_key.len()), (0, 0));
+    }
+
+    #[test]
+    fn who_is_gone_has_no_turn() {
+        let mut table = Table::new(10);
+        for _ in 0..1000 {
+            let id = add(&mut table, 1);
+            let connection = table.get_mut(id).unwrap();
+            connection.connected(Stream::new(std::os::unix::net::UnixStream::pair().unwrap().0));
+            table.line_up(id);
+            table.remove(id).unwrap();
+        }
+        assert!(table.has_turn() && table.turn.len() <= 21);
+        assert!(table.first().is_none() && !table.has_turn());
     }
 
     #[test]

@@ -172,3 +172,52 @@ fn thousands_of_connections() {
     drop(streams);
     assert_eq!(g.packets().len(), COUNT as usize);
 }
+
+/// In a process of its own, for the limit is the process's.
+#[test]
+fn without_descriptors_connections_wait_or_are_refused() {
+    const MARK: &str = "KRUN_VSOCK_TEST_LIMIT";
+    if std::env::var_os(MARK).is_none() {
+        let status = std::process::Command::new(std::env::current_exe().unwrap())
+            .args(["--exact", &format!("{}::without_descriptors_connections_wait_or_are_refused", module())])
+            .arg("--test-threads=1")
+            .env(MARK, "1")
+            .status()
+            .unwrap();
+        return assert!(status.success());
+    }
+    let mut g = Guest::new();
+    let clients: Vec<_> = (0..20).map(|_| UnixStream::connect(g.path("guest")).unwrap()).collect();
+    let limit = rustix::process::Rlimit { current: Some(128), maximum: Some(128) };
+    rustix::process::setrlimit(rustix::process::Resource::Nofile, limit).unwrap();
+    let mut fillers = Vec::new();
+    while let Ok(fd) = clients[0].try_clone() {
+        fillers.push(fd);
+    }
+    g.nothing();
+    g.send(guest(TO_HOST, 5, op::REQUEST), &[]);
+    assert_eq!(g.packet().0.op, op::RST);
+    drop(fillers);
+    let mut requests = 0;
+    while requests < clients.len() {
+        g.h.poll(std::time::Duration::from_secs(5)).unwrap();
+        requests += g.packets().iter().filter(|p| p.0.op == op::REQUEST).count();
+    }
+    // A new start learns of the limit: some are left to the rest of the process.
+    g.h.restart().unwrap();
+    g.post(64);
+    let mut s = Vec::new();
+    for n in 0.. {
+        g.send(guest(TO_HOST, n, op::REQUEST), &[]);
+        if g.packet().0.op == op::RST {
+            break;
+        }
+        s.extend(g.listener.accept());
+    }
+    assert!(std::fs::File::open("/dev/null").is_ok());
+    assert!(s.len() > 10);
+}
+
+fn module() -> &'static str {
+    module_path!().split_once("::").unwrap().1
+}
