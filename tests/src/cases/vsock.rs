@@ -164,7 +164,7 @@ back = [listener.accept()[0] for n in range(count)]
 for s in back:
     s.sendall(s.recv(4, socket.MSG_WAITALL)[::-1])
 say("answered")
-input()
+sys.stdin.readline()
 "#;
 
 /// Many connections at once, both ways.
