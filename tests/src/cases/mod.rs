@@ -1,6 +1,7 @@
 //! The cases, one file each.
 
 use crate::harness::Case;
+use crate::network;
 
 mod bad_input;
 mod balloon;
@@ -17,8 +18,6 @@ mod init;
 mod input;
 mod kernels;
 mod leftovers;
-mod net;
-mod net_peers;
 mod processors;
 mod programs;
 mod several;
@@ -61,10 +60,10 @@ pub const ALL: &[Case] = &[
     input::CASE,
     bare::CASE,
     bare::SMBIOS_IN_LINUX,
-    net::PASST,
-    net::RESTART,
-    net_peers::TAP,
-    net_peers::DATAGRAM,
+    network::passt::PASST,
+    network::passt::RESTART,
+    network::peers::TAP,
+    network::peers::DATAGRAM,
     disk::CASE,
     disk::SIZE,
     disk::FORMATS,

@@ -1,6 +1,6 @@
 //! The configuration space (virtio 1.2, section 5.1.4).
 
-use std::sync::atomic::{AtomicU32, Ordering};
+use std::sync::atomic::{AtomicBool, Ordering};
 
 use krun_virtio::ConfigSpace;
 
@@ -13,26 +13,21 @@ const LINK_UP: u16 = 1;
 #[derive(Debug)]
 pub struct Config {
     mac: [u8; 6],
-    /// How often the link has changed, beginning with up: it is up when the number is even.
-    changes: AtomicU32,
+    up: AtomicBool,
 }
 
 impl Config {
     pub fn new(mac: [u8; 6]) -> Self {
-        Self { mac, changes: AtomicU32::new(0) }
+        Self { mac, up: true.into() }
     }
 
     pub fn link(&self) -> bool {
-        self.changes.load(Ordering::Acquire).is_multiple_of(2)
+        self.up.load(Ordering::Acquire)
     }
 
-    /// True when that is a change. Only the device's thread calls this.
+    /// True when that is a change.
     pub fn set_link(&self, up: bool) -> bool {
-        let changed = self.link() != up;
-        if changed {
-            self.changes.fetch_add(1, Ordering::AcqRel);
-        }
-        changed
+        self.up.swap(up, Ordering::AcqRel) != up
     }
 
     fn bytes(&self) -> [u8; LEN] {
@@ -50,10 +45,6 @@ impl ConfigSpace for Config {
         let len = rest.len().min(data.len());
         data[..len].copy_from_slice(&rest[..len]);
     }
-
-    fn generation(&self) -> u32 {
-        self.changes.load(Ordering::Acquire)
-    }
 }
 
 #[cfg(test)]
@@ -61,7 +52,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn the_link_is_seen_and_moves_the_generation() {
+    fn the_link_is_seen() {
         let config = Config::new([2, 3, 4, 5, 6, 7]);
         let read = |at| {
             let mut data = [0xff; 4];
@@ -73,6 +64,6 @@ mod tests {
             ([2, 3, 4, 5], [6, 7, 1, 0], [1, 0, 0, 0], [0; 4])
         );
         assert!(!config.set_link(true) && config.set_link(false));
-        assert_eq!((read(6), config.generation()), ([0; 4], 1));
+        assert_eq!(read(6), [0; 4]);
     }
 }

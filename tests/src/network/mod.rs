@@ -1,5 +1,8 @@
-//! What the network cases share: a network namespace of their own, programs of the host, servers that echo, and a small
+//! Cases of networks, and what they share: a network namespace of their own, programs of the host, servers that echo, and a small
 //! DHCP server.
+
+pub mod passt;
+pub mod peers;
 
 use std::io::{Read, Write};
 use std::net::{TcpListener, TcpStream, UdpSocket};

@@ -13,8 +13,8 @@ use std::time::Duration;
 
 use krun::{Net, NetPeer, Offloads};
 
+use super::{Offer, echo_servers, exchange, in_namespace, ip, ping};
 use crate::harness::{Case, Env, Failure, TempDir, run, same, start};
-use crate::network::{Offer, echo_servers, exchange, in_namespace, ip, ping};
 
 pub const TAP: Case = Case { name: "net_tap", host: tap, guest: guest_tap };
 pub const DATAGRAM: Case = Case { name: "net_datagram", host: datagram, guest: guest_datagram };

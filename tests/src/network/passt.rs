@@ -13,8 +13,8 @@ use std::time::{Duration, Instant};
 
 use krun::{Net, NetPeer, Offloads};
 
+use super::{PATIENCE, echo_servers, exchange, in_namespace, ip, ping};
 use crate::harness::{Case, Env, Failure, TempDir, contains, same, start};
-use crate::network::{PATIENCE, echo_servers, exchange, in_namespace, ip, ping};
 
 pub const PASST: Case = Case { name: "net_passt", host: passt, guest };
 pub const RESTART: Case = Case { name: "net_restart", host: restart, guest: guest_restart };
@@ -112,7 +112,7 @@ fn guest(args: &[OsString]) -> Result<u8, String> {
     let listener = TcpListener::bind(("0.0.0.0", INBOUND)).map_err(|e| e.to_string())?;
     println!("listening");
     let (stream, _) = listener.accept().map_err(|e| e.to_string())?;
-    crate::network::echo(stream).map_err(|e| format!("inbound: {e}"))?;
+    super::echo(stream).map_err(|e| format!("inbound: {e}"))?;
     Ok(0)
 }
 
