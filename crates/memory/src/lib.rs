@@ -10,6 +10,7 @@ mod release;
 use std::fs::File;
 use std::os::fd::OwnedFd;
 use std::sync::Arc;
+use std::sync::atomic::AtomicU32;
 
 use rustix::fs::{MemfdFlags, ftruncate, memfd_create};
 pub use vm_memory::bitmap::BitmapSlice;
@@ -208,6 +209,12 @@ impl Mapping {
         self.region.size()
     }
 
+    /// The 32 bits at `offset`, to be shared with other threads and with a guest; `None` when `offset` is
+    /// no multiple of 4, or they end past the mapping.
+    pub fn word(&self, offset: usize) -> Option<&AtomicU32> {
+        self.region.get_atomic_ref(offset).ok()
+    }
+
     /// Whether the mapping is empty (never, in practice).
     pub fn is_empty(&self) -> bool {
         self.len() == 0
@@ -254,6 +261,16 @@ mod tests {
     #[test]
     fn a_mapping_past_the_file_is_refused() {
         assert!(matches!(Memfd::new(4096).unwrap().map(4096, 4096), Err(Error::PastEnd { .. })));
+    }
+
+    #[test]
+    fn words_are_those_of_the_memory() {
+        use std::sync::atomic::Ordering;
+        let m = Mapping::anonymous(4096).unwrap();
+        m.word(4092).unwrap().store(7, Ordering::SeqCst);
+        let memory = assemble(&[(GuestAddress(0), m.clone())]).unwrap();
+        assert_eq!(memory.read_obj::<u32>(GuestAddress(4092)).unwrap(), 7);
+        assert!(m.word(4093).is_none() && m.word(4096).is_none() && m.word(usize::MAX - 3).is_none());
     }
 
     #[test]

@@ -35,16 +35,16 @@ pub struct DeviceInfo {
 }
 
 /// The device's configuration space. Accesses come from vCPU threads, while the device runs on its own.
+///
+/// The transport keeps a copy for the driver to read and renews it when the driver has written something,
+/// with each step of its initialisation, and by [`Interrupt::config_changed`]. That must not be called with
+/// a lock held that [`Self::read`] takes.
 pub trait ConfigSpace: Send + Sync {
     /// Fills `data` from `offset`; bytes past the end read as zero.
     fn read(&self, offset: u64, data: &mut [u8]);
     /// Stores `data` at `offset`; what cannot be written is ignored.
     fn write(&self, offset: u64, data: &[u8]) {
         let _ = (offset, data);
-    }
-    /// Changes whenever the contents change other than by the driver.
-    fn generation(&self) -> u32 {
-        0
     }
 }
 

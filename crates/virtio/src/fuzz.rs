@@ -7,7 +7,7 @@ use std::io::{Read, Write};
 use krun_memory::{Bytes, GuestAddress, GuestMemory, Mapping};
 
 use crate::chain::Chain;
-use crate::mmio::{MMIO_SIZE, MmioTransport, reg, status};
+use crate::mmio::{MMIO_SIZE, MmioTransport, RegisterPages, reg, status};
 use crate::mock::Echo;
 use crate::queue::{Queue, QueueAddresses, QueueState};
 
@@ -147,7 +147,9 @@ fn use_chain(memory: &GuestMemory, chain: &Chain) {
 pub fn mmio(data: &[u8]) {
     let mut input = Input(data);
     let memory = memory();
-    let transport = MmioTransport::new(Box::new(Echo::new(2)), memory.clone(), || (), |_| ()).unwrap();
+    let pages = RegisterPages::new(1).unwrap();
+    let page = pages.page(0).unwrap();
+    let transport = MmioTransport::new(Box::new(Echo::new(2)), memory.clone(), page, || (), |_| ()).unwrap();
     let mut steps = 0;
     while !input.is_empty() && steps < 256 {
         steps += 1;

@@ -18,7 +18,7 @@ mod worker;
 
 pub use chain::{Chain, Reader, Slices, Writer};
 pub use device::{ConfigSpace, Cx, DeviceError, DeviceInfo, Interrupt, ShmRegion, VirtioDevice};
-pub use mmio::{MmioTransport, reg};
+pub use mmio::{MmioTransport, RegisterPage, RegisterPages, reg};
 pub use queue::{Queue, QueueAddresses, QueueError, QueueState, RingPart};
 
 /// Feature bits that belong to the transport and the ring (virtio 1.2, section 6).

@@ -1,6 +1,6 @@
 //! The configuration space (virtio 1.2, section 5.2.4).
 
-use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 
 use krun_virtio::ConfigSpace;
 
@@ -20,7 +20,6 @@ pub const SEG_MAX: u32 = 254;
 pub struct Config {
     /// Bytes of the disk.
     size: AtomicU64,
-    generation: AtomicU32,
     writeback: AtomicBool,
     block_size: u32,
     queues: u16,
@@ -28,8 +27,7 @@ pub struct Config {
 
 impl Config {
     pub fn new(size: u64, block_size: u32, queues: u16) -> Self {
-        let (generation, writeback) = (AtomicU32::new(0), AtomicBool::new(true));
-        Self { size: size.into(), generation, writeback, block_size, queues }
+        Self { size: size.into(), writeback: true.into(), block_size, queues }
     }
 
     pub fn size(&self) -> u64 {
@@ -38,11 +36,7 @@ impl Config {
 
     /// True when the size is another one than before.
     pub fn set_size(&self, size: u64) -> bool {
-        let changed = self.size.swap(size, Ordering::AcqRel) != size;
-        if changed {
-            self.generation.fetch_add(1, Ordering::AcqRel);
-        }
-        changed
+        self.size.swap(size, Ordering::AcqRel) != size
     }
 
     /// Whether the driver counts on a cache and flushes it.
@@ -87,9 +81,5 @@ impl ConfigSpace for Config {
         if let (Ok(WRITEBACK), &[value]) = (usize::try_from(offset), data) {
             self.set_writeback(value != 0);
         }
-    }
-
-    fn generation(&self) -> u32 {
-        self.generation.load(Ordering::Acquire)
     }
 }

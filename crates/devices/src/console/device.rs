@@ -48,7 +48,7 @@ pub struct Console {
     /// Directions with more to do at once: tokens as in [`tokens`], bit by bit.
     more: u128,
     more_control: bool,
-    /// Generation of the configuration that a driver without the control protocol was told of.
+    /// How many of [`Shared::resizes`] the driver was told of.
     told: u32,
     /// Made when first needed.
     timer: Option<Timer>,
@@ -62,7 +62,8 @@ struct Shared {
     wake: Wake,
     /// Per port: `cols | rows << 16`; 0 when unknown.
     sizes: Vec<AtomicU32>,
-    generation: AtomicU32,
+    /// How often a size was set.
+    resizes: AtomicU32,
     refresh: AtomicBool,
     abandon: AtomicBool,
 }
@@ -104,7 +105,7 @@ impl Shared {
     fn set_size(&self, port: usize, size: TerminalSize) {
         if let Some(place) = self.sizes.get(port) {
             place.store(u32::from(size.cols) | u32::from(size.rows) << 16, Ordering::Release);
-            self.generation.fetch_add(1, Ordering::Release);
+            self.resizes.fetch_add(1, Ordering::Release);
         }
     }
 
@@ -129,10 +130,6 @@ impl ConfigSpace for Shared {
             *byte = start.checked_add(n).and_then(|at| all.get(at)).copied().unwrap_or(0);
         }
     }
-
-    fn generation(&self) -> u32 {
-        self.generation.load(Ordering::Acquire)
-    }
 }
 
 impl Console {
@@ -151,7 +148,7 @@ impl Console {
         let shared = Arc::new(Shared {
             wake,
             sizes: (0..count).map(|_| AtomicU32::new(0)).collect(),
-            generation: AtomicU32::new(0),
+            resizes: AtomicU32::new(0),
             refresh: AtomicBool::new(false),
             abandon: AtomicBool::new(false),
         });
@@ -318,6 +315,14 @@ impl Console {
         self.wait_for_foreground(cx)
     }
 
+    /// Tells the driver when the size in the configuration is not the one it may have read.
+    fn tell_size(&mut self, cx: &Cx<'_>) {
+        let resizes = self.shared.resizes.load(Ordering::Acquire);
+        if std::mem::replace(&mut self.told, resizes) != resizes {
+            cx.interrupt().config_changed();
+        }
+    }
+
     /// What other threads and unfinished work want.
     fn woken(&mut self, cx: &mut Cx<'_>) -> Result<(), DeviceError> {
         for id in 0..self.ports.len() {
@@ -325,10 +330,7 @@ impl Console {
                 self.control.resize(id, size);
             }
         }
-        let generation = self.shared.generation();
-        if std::mem::replace(&mut self.told, generation) != generation && !self.multiport {
-            cx.interrupt().config_changed();
-        }
+        self.tell_size(cx);
         if self.shared.refresh.swap(false, Ordering::AcqRel) {
             self.retry(cx)?;
         }
@@ -399,7 +401,7 @@ impl VirtioDevice for Console {
         signals::block(libc::SIGPIPE);
         self.multiport = cx.has_feature(F_MULTIPORT);
         let shared = Arc::clone(&self.shared);
-        self.told = shared.generation();
+        self.tell_size(cx);
         self.control = Control::new(self.facts.iter().cloned(), |id| shared.size(id));
         cx.watch(&self.shared.wake, WAKE, Interest::Read)
             .map_err(|source| DeviceError::Host { what: "watching the console's eventfd".into(), source })?;

@@ -160,9 +160,7 @@ fn facts_and_configuration() {
     assert_eq!(read(0, 13), [90, 0, 20, 0, 3, 0, 0, 0, 0, 0, 0, 0, 0]);
     assert_eq!(read(4, 4), [3, 0, 0, 0]);
     assert_eq!(read(u64::MAX, 4), [0; 4]);
-    let before = config.generation();
     assert!(c.handle().resize(0, 91, 21));
-    assert_ne!(config.generation(), before);
     assert_eq!(read(0, 4), [91, 0, 21, 0]);
     assert!(!c.handle().resize(1, 1, 1) && !c.handle().resize(3, 1, 1));
 }

@@ -8,18 +8,22 @@ mod ram;
 mod tests;
 mod vcpu;
 
+use std::collections::BTreeMap;
+use std::collections::btree_map::Entry;
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::sync::{Arc, Mutex, PoisonError, mpsc};
 use std::thread::{Builder, JoinHandle};
 
 use krun_devices::legacy::{Ports, Serial};
 use krun_event::with_signals_blocked;
-use krun_hv::{BootState, DoorbellGuard, ExitCounts, Hypervisor, MapGuard, Platform, Prot, Vm, VmConfig};
+use krun_hv::{
+    BootState, DoorbellGuard, ExitCounts, Hypervisor, Irq, MapGuard, Platform, Prot, Vm, VmConfig,
+};
 use krun_memory::{GuestAddress, GuestMemory};
-use krun_virtio::{MmioTransport, VirtioDevice, mmio::reg};
+use krun_virtio::{MmioTransport, RegisterPage, RegisterPages, VirtioDevice, mmio::reg};
 use rustix::rand::{GetRandomFlags, getrandom};
 
-use crate::board::{Board, SERIAL_IRQ, Slot};
+use crate::board::{Board, MMIO_BASE, SERIAL_IRQ, Slot};
 use crate::boot::{BootError, BootImage, Payload};
 use crate::sys::memory::physical_address_bits;
 use crate::{Error, SerialSpec, Spec};
@@ -53,8 +57,9 @@ pub(crate) struct Inner<V: Vm> {
     vm: V,
     end: Arc<End>,
     off: OffWatch,
-    /// What of the kernel is mapped from a file: address and length.
-    kernel: Vec<(GuestAddress, u64)>,
+    /// What the guest will touch page by page: what of the kernel is mapped from a file, and the devices'
+    /// registers. Address and length.
+    prefault: Vec<(GuestAddress, u64)>,
     /// vCPU threads that have not ended.
     left: AtomicU32,
 }
@@ -111,7 +116,7 @@ fn connect<V: Vm>(
     devices: Vec<Box<dyn VirtioDevice>>,
     end: &Arc<End>,
 ) -> Result<Inner<V>, Error> {
-    let maps = ram
+    let mut maps = ram
         .mappings
         .iter()
         .map(|(at, mapping)| vm.map(*at, mapping, Prot::ReadWrite))
@@ -125,9 +130,17 @@ fn connect<V: Vm>(
         }
         None => None,
     };
+    let pages = RegisterPages::new(devices.len())?;
+    let mut prefault = ram.files;
+    if !devices.is_empty() {
+        show(&vm, &pages, &mut maps, &mut prefault);
+    }
     let (mut slots, mut doorbells) = (Vec::with_capacity(devices.len()), Vec::new());
-    for (device, slot) in devices.into_iter().zip(&board.slots) {
-        let transport = transport(&vm, device, slot, ram.memory.clone(), end)?;
+    let mut lines = Lines::default();
+    for ((device, slot), n) in devices.into_iter().zip(&board.slots).zip(0..) {
+        // There is a page for each.
+        let Some(page) = pages.page(n) else { break };
+        let transport = transport(device, slot, ram.memory.clone(), page, lines.line(&vm, slot.irq)?, end)?;
         if let Some(host) = vm.doorbells() {
             let at = GuestAddress(slot.at + reg::QUEUE_NOTIFY);
             for (queue, wake) in (0u32..).zip(transport.doorbells()) {
@@ -144,7 +157,7 @@ fn connect<V: Vm>(
         vm,
         end: Arc::clone(end),
         off: OffWatch::default(),
-        kernel: ram.files,
+        prefault,
         left: AtomicU32::new(0),
     })
 }
@@ -155,15 +168,48 @@ fn failure(end: &Arc<End>) -> impl Fn(String) + Send + Sync + use<> {
     move |text| end.begin(Outcome::Error(text))
 }
 
-fn transport<V: Vm>(
+/// Shows the devices' registers to the guest, read only, so that reading one is no exit. Where the host
+/// cannot, each read is one.
+fn show<V: Vm>(
     vm: &V,
+    pages: &RegisterPages,
+    maps: &mut Vec<MapGuard>,
+    prefault: &mut Vec<(GuestAddress, u64)>,
+) {
+    let at = GuestAddress(MMIO_BASE);
+    match vm.map(at, pages.mapping(), Prot::ReadOnly) {
+        Ok(guard) => {
+            maps.push(guard);
+            prefault.push((at, pages.mapping().len() as u64));
+        }
+        Err(e) => tracing::debug!("the guest reads registers by exits: {e}"),
+    }
+}
+
+/// Interrupt lines in use. Devices on one line share one [`Irq`]: the pulses of one follow each other, but
+/// two that are driven at the same time could merge, and the second be lost between the guest's looks at the
+/// devices.
+#[derive(Debug, Default)]
+struct Lines(BTreeMap<u32, Irq>);
+
+impl Lines {
+    fn line<V: Vm>(&mut self, vm: &V, line: u32) -> Result<Irq, Error> {
+        Ok(match self.0.entry(line) {
+            Entry::Occupied(irq) => irq.get().clone(),
+            Entry::Vacant(place) => place.insert(vm.irq(line)?).clone(),
+        })
+    }
+}
+
+fn transport(
     device: Box<dyn VirtioDevice>,
     slot: &Slot,
     memory: GuestMemory,
+    page: RegisterPage,
+    irq: Irq,
     end: &Arc<End>,
 ) -> Result<MmioTransport, Error> {
-    let irq = vm.irq(slot.irq)?;
-    let mut transport = MmioTransport::new(device, memory, move || irq.pulse(), failure(end))
+    let mut transport = MmioTransport::new(device, memory, page, move || irq.pulse(), failure(end))
         .map_err(|source| Error::Device { name: slot.name.clone(), source })?;
     for window in &slot.shm {
         transport.place_shm(window.id, GuestAddress(window.at));

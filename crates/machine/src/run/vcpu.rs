@@ -43,7 +43,7 @@ pub fn body<V: Vm>(
         return;
     }
     if id == 0 {
-        for (at, len) in &inner.kernel {
+        for (at, len) in &inner.prefault {
             vcpu.prefault(*at, *len);
         }
     }

@@ -17,7 +17,7 @@ pub struct Echo {
     started: bool,
 }
 
-/// Four writable bytes, which are the generation too.
+/// Four writable bytes.
 #[derive(Debug, Default)]
 struct EchoConfig {
     word: AtomicU32,
@@ -53,10 +53,6 @@ impl ConfigSpace for EchoConfig {
         if let (0, Ok(word)) = (offset, <[u8; 4]>::try_from(data)) {
             self.word.store(u32::from_le_bytes(word), Ordering::Relaxed);
         }
-    }
-
-    fn generation(&self) -> u32 {
-        self.word.load(Ordering::Relaxed)
     }
 }
 

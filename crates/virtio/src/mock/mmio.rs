@@ -9,13 +9,18 @@ use super::queue::{DriverQueue, Used};
 use super::{BASE, QUEUE_SPACE, queue_memory};
 use crate::device::VirtioDevice;
 use crate::feature;
-use crate::mmio::{MmioTransport, reg, status};
+use crate::mmio::{MmioTransport, RegisterPage, RegisterPages, reg, status};
 
 /// An interrupt line that counts its pulses.
 #[derive(Debug, Default)]
 struct Line {
     pulses: Mutex<u64>,
     more: Condvar,
+}
+
+/// Registers for one device.
+pub(crate) fn page() -> RegisterPage {
+    RegisterPages::new(1).ok().and_then(|pages| pages.page(0)).unwrap()
 }
 
 /// A device behind its transport, and a driver.
@@ -37,6 +42,7 @@ impl MmioDriver {
         let transport = MmioTransport::new(
             Box::new(device),
             memory.clone(),
+            page(),
             move || {
                 *pulse.pulses.lock().unwrap() += 1;
                 pulse.more.notify_all();

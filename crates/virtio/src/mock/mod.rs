@@ -15,6 +15,8 @@ use krun_memory::{GuestAddress, GuestMemory, Mapping};
 pub use echo::Echo;
 pub use harness::Harness;
 pub use mmio::MmioDriver;
+#[cfg(test)]
+pub(crate) use mmio::page;
 pub use queue::{Buffer, DriverQueue, Used};
 
 /// Where the test memory starts; below it nothing is memory.

@@ -8,7 +8,7 @@ use proptest::prelude::*;
 
 use crate::feature;
 use crate::mmio::{MmioTransport, reg, status};
-use crate::mock::{BASE, Echo, MmioDriver, memory};
+use crate::mock::{BASE, Echo, MmioDriver, memory, page};
 
 const SOON: Duration = Duration::from_secs(10);
 const RUNNING: u32 = status::ACKNOWLEDGE | status::DRIVER | status::FEATURES_OK | status::DRIVER_OK;
@@ -37,17 +37,18 @@ fn identity() {
 }
 
 #[test]
-fn wrong_width_and_unknown_registers_read_as_zero() {
+fn writes_of_the_wrong_width_and_to_unknown_registers_do_nothing() {
     let d = MmioDriver::new(Echo::new(1));
     for len in [1, 2, 3, 8] {
-        let mut data = vec![0xff; len];
-        d.transport().read(reg::MAGIC, &mut data);
-        assert_eq!(data, vec![0; len]);
         d.transport().write(reg::STATUS, &vec![1; len]);
         assert_eq!(d.get(reg::STATUS), 0);
     }
     for at in [0x018, 0x028, 0x03c, 0x048, 0x002, 0x0c0, 0x0f8] {
+        let before = d.get(at);
         d.set(at, u32::MAX);
+        assert_eq!(d.get(at), before, "{at:#x}");
+    }
+    for at in [0x018, 0x028, 0x03c, 0x048, 0x0c0, 0x0f8] {
         assert_eq!(d.get(at), 0, "{at:#x}");
     }
 }
@@ -55,8 +56,9 @@ fn wrong_width_and_unknown_registers_read_as_zero() {
 #[test]
 fn configuration_space() {
     let d = MmioDriver::new(Echo::new(1));
+    let before = d.get(reg::CONFIG_GENERATION);
     d.set(reg::CONFIG, 0x0403_0201);
-    assert_eq!(d.get(reg::CONFIG_GENERATION), 0x0403_0201);
+    assert_ne!(d.get(reg::CONFIG_GENERATION), before);
     for (at, len, want) in
         [(0, 1, 0x01), (1, 2, 0x0302), (0, 4, 0x0403_0201), (0, 8, 0x0403_0201), (3, 2, 0x04), (4, 4, 0)]
     {
@@ -64,9 +66,6 @@ fn configuration_space() {
         d.transport().read(reg::CONFIG + at, &mut data[..len]);
         assert_eq!(u64::from_le_bytes(data), want, "{len} bytes at {at}");
     }
-    let mut data = [1; 3];
-    d.transport().read(reg::CONFIG, &mut data);
-    assert_eq!(data, [0; 3]);
 }
 
 #[test]
@@ -80,7 +79,7 @@ fn shared_memory_is_shown_where_it_was_put() {
         t.write(reg::SHM_SEL, &id.to_le_bytes());
         [reg::SHM_LEN, 0x0b4, reg::SHM_BASE, 0x0bc].map(|at| get(t, at))
     };
-    let mut t = MmioTransport::new(Box::new(Echo::new(1)), memory(0x1000), || (), |_| ()).unwrap();
+    let mut t = MmioTransport::new(Box::new(Echo::new(1)), memory(0x1000), page(), || (), |_| ()).unwrap();
     assert_eq!(region(&t, 3), [u32::MAX; 4], "it has no place yet");
     t.place_shm(3, GuestAddress(0x10_2000_3000));
     assert_eq!(region(&t, 3), [0x1000, 2, 0x2000_3000, 0x10]);

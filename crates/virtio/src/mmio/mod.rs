@@ -1,10 +1,13 @@
 //! The MMIO transport, version 2 (virtio 1.2, section 4.2).
 //!
-//! [`MmioTransport`] is the register file that vCPU threads read and write, and the keeper of the
-//! device: idle in here, or running on a worker thread of its own.
+//! [`MmioTransport`] is what vCPU threads write to and the keeper of the device: idle in here, or running
+//! on a worker thread of its own. What they read is in a [`RegisterPage`].
+
+mod page;
+pub mod reg;
+pub mod status;
 
 use std::fmt;
-use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, mpsc};
 
 use krun_event::{Failure, Poll, Wake, Worker};
@@ -15,99 +18,45 @@ use crate::feature;
 use crate::queue::{Queue, QueueAddresses};
 use crate::worker::{self, Engine, Wish};
 
-/// Offsets of the registers (section 4.2.2).
-pub mod reg {
-    /// "virt". Read only.
-    pub const MAGIC: u64 = 0x000;
-    /// 2. Read only.
-    pub const VERSION: u64 = 0x004;
-    /// What kind of device. Read only.
-    pub const DEVICE_ID: u64 = 0x008;
-    /// Who made it. Read only.
-    pub const VENDOR_ID: u64 = 0x00c;
-    /// 32 of the offered features. Read only.
-    pub const DEVICE_FEATURES: u64 = 0x010;
-    /// Which 32. Write only.
-    pub const DEVICE_FEATURES_SEL: u64 = 0x014;
-    /// 32 of the accepted features. Write only.
-    pub const DRIVER_FEATURES: u64 = 0x020;
-    /// Which 32. Write only.
-    pub const DRIVER_FEATURES_SEL: u64 = 0x024;
-    /// Which queue the following are about. Write only.
-    pub const QUEUE_SEL: u64 = 0x030;
-    /// Largest size; 0 when there is no such queue. Read only.
-    pub const QUEUE_NUM_MAX: u64 = 0x034;
-    /// Size. Write only.
-    pub const QUEUE_NUM: u64 = 0x038;
-    /// 1: in use.
-    pub const QUEUE_READY: u64 = 0x044;
-    /// The doorbell: takes the index of a queue. Write only.
-    pub const QUEUE_NOTIFY: u64 = 0x050;
-    /// Why there was an interrupt. Read only.
-    pub const INTERRUPT_STATUS: u64 = 0x060;
-    /// Clears bits of it. Write only.
-    pub const INTERRUPT_ACK: u64 = 0x064;
-    /// Device status; writing 0 resets.
-    pub const STATUS: u64 = 0x070;
-    /// Descriptor table, low half; the high half follows. Write only.
-    pub const QUEUE_DESC: u64 = 0x080;
-    /// Available ring, low half; the high half follows. Write only.
-    pub const QUEUE_AVAIL: u64 = 0x090;
-    /// Used ring, low half; the high half follows. Write only.
-    pub const QUEUE_USED: u64 = 0x0a0;
-    /// Which shared memory region. Write only.
-    pub const SHM_SEL: u64 = 0x0ac;
-    /// Its length, low half; the high half follows. All ones: no such region. Read only.
-    pub const SHM_LEN: u64 = 0x0b0;
-    /// Its address, low half; the high half follows. Read only.
-    pub const SHM_BASE: u64 = 0x0b8;
-    /// Changes with the configuration space. Read only.
-    pub const CONFIG_GENERATION: u64 = 0x0fc;
-    /// First byte of the configuration space.
-    pub const CONFIG: u64 = 0x100;
-}
-
-/// Bits of the device status (section 2.1).
-pub mod status {
-    /// The guest has seen the device.
-    pub const ACKNOWLEDGE: u32 = 1;
-    /// The guest has a driver for it.
-    pub const DRIVER: u32 = 2;
-    /// The driver is set up; the device may run.
-    pub const DRIVER_OK: u32 = 4;
-    /// Features are agreed.
-    pub const FEATURES_OK: u32 = 8;
-    /// The device cannot go on without a reset.
-    pub const NEEDS_RESET: u32 = 64;
-    /// The driver gave up.
-    pub const FAILED: u32 = 128;
-}
+pub use page::{RegisterPage, RegisterPages};
 
 /// Bytes of address space of one device.
 pub const MMIO_SIZE: u64 = 0x1000;
+
+/// Most bytes of a configuration space; no kind of device has as many.
+pub const CONFIG_MAX: usize = 256;
 
 const MAGIC: u32 = u32::from_le_bytes(*b"virt");
 const VERSION: u32 = 2;
 const VENDOR: u32 = u32::from_le_bytes(*b"krun");
 
-/// What is shared with the worker. No lock in it: a vCPU that handles an interrupt must not wait for
-/// another one that resets the device.
+/// What is shared with the worker. Not the lock of the registers: a vCPU that handles an interrupt must not
+/// wait for another one that resets the device.
 struct Shared {
-    interrupt_status: AtomicU32,
-    needs_reset: AtomicBool,
+    /// What the driver reads. Device status and interrupt status have no other place.
+    page: RegisterPage,
+    config: Arc<dyn ConfigSpace>,
     line: Box<dyn Fn() + Send + Sync>,
     fail: Box<dyn Fn(String) + Send + Sync>,
 }
 
 impl Shared {
     fn raise(&self, bits: u32) {
-        self.interrupt_status.fetch_or(bits, Ordering::SeqCst);
+        if bits & Interrupt::CONFIG != 0 {
+            self.page.refresh(&*self.config);
+        }
+        self.page.set_bits(reg::INTERRUPT_STATUS, bits);
         (self.line)();
     }
 
     fn broken(&self) {
-        self.needs_reset.store(true, Ordering::SeqCst);
+        self.page.set_bits(reg::STATUS, status::NEEDS_RESET);
         self.raise(Interrupt::CONFIG);
+    }
+
+    /// The device status but for what the device itself says.
+    fn status(&self) -> u32 {
+        self.page.get(reg::STATUS) & !status::NEEDS_RESET
     }
 }
 
@@ -122,7 +71,6 @@ struct QueueRegs {
 /// What the driver wrote, apart from [`QueueRegs`].
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 struct Regs {
-    status: u32,
     device_features_sel: u32,
     driver_features_sel: u32,
     driver_features: u64,
@@ -159,7 +107,6 @@ struct Inner {
 /// vCPU that resets it. Interrupt status, doorbells and configuration space are served meanwhile.
 pub struct MmioTransport {
     info: DeviceInfo,
-    config: Arc<dyn ConfigSpace>,
     memory: GuestMemory,
     shared: Arc<Shared>,
     doorbells: Vec<Wake>,
@@ -174,7 +121,7 @@ impl fmt::Debug for MmioTransport {
 }
 
 impl MmioTransport {
-    /// Puts `device` behind registers. `line` pulses its interrupt line; `fail` is told of a panic on
+    /// Puts `device` behind registers, which the driver reads in `page`. `line` pulses its interrupt line; `fail` is told of a panic on
     /// the device's thread, after which the machine cannot go on. Both are called from any thread,
     /// perhaps while a register is being written, and must not call the transport.
     ///
@@ -183,32 +130,39 @@ impl MmioTransport {
     pub fn new(
         device: Box<dyn VirtioDevice>,
         memory: GuestMemory,
+        page: RegisterPage,
         line: impl Fn() + Send + Sync + 'static,
         fail: impl Fn(String) + Send + Sync + 'static,
     ) -> std::io::Result<Self> {
         let (info, config) = (device.info(), device.config());
         let doorbells = info.queue_sizes.iter().map(|_| Wake::new()).collect::<Result<_, _>>()?;
         let queues = vec![QueueRegs::default(); info.queue_sizes.len()];
-        Ok(Self {
+        for (at, value) in [
+            (reg::MAGIC, MAGIC),
+            (reg::VERSION, VERSION),
+            (reg::DEVICE_ID, info.id),
+            (reg::VENDOR_ID, VENDOR),
+        ] {
+            page.set(at, value);
+        }
+        page.refresh(&*config);
+        let transport = Self {
             info,
-            config,
             memory,
-            shared: Arc::new(Shared {
-                interrupt_status: AtomicU32::new(0),
-                needs_reset: AtomicBool::new(false),
-                line: Box::new(line),
-                fail: Box::new(fail),
-            }),
+            shared: Arc::new(Shared { page, config, line: Box::new(line), fail: Box::new(fail) }),
             doorbells,
             shm: Vec::new(),
             inner: Mutex::new(Inner { regs: Regs::default(), queues, state: State::Idle(device) }),
-        })
+        };
+        transport.show(&transport.lock());
+        Ok(transport)
     }
 
     /// Says where the machine put shared memory region `id`; one that has no place is not shown.
     pub fn place_shm(&mut self, id: u8, at: GuestAddress) {
         if let Some(region) = self.info.shm.iter().find(|r| r.id == id) {
             self.shm.push((id, at, region.size));
+            self.show(&self.lock());
         }
     }
 
@@ -237,60 +191,33 @@ impl MmioTransport {
         self.inner.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// A vCPU reads `data.len()` bytes at `offset`. What cannot be read is zero.
+    /// A vCPU reads `data.len()` bytes at `offset`: what is in the [`RegisterPage`].
     pub fn read(&self, offset: u64, data: &mut [u8]) {
-        data.fill(0);
-        if offset >= reg::CONFIG {
-            if matches!(data.len(), 1 | 2 | 4 | 8) {
-                self.config.read(offset - reg::CONFIG, data);
-            }
-        } else if let Ok(data) = <&mut [u8; 4]>::try_from(data) {
-            *data = self.read_register(offset).to_le_bytes();
-        } else {
-            tracing::debug!(device = self.info.name, offset, "register read of the wrong width");
-        }
+        self.shared.page.read(offset, data);
     }
 
-    fn read_register(&self, offset: u64) -> u32 {
-        match offset {
-            reg::MAGIC => MAGIC,
-            reg::VERSION => VERSION,
-            reg::DEVICE_ID => self.info.id,
-            reg::VENDOR_ID => VENDOR,
-            reg::INTERRUPT_STATUS => self.shared.interrupt_status.load(Ordering::SeqCst),
-            reg::CONFIG_GENERATION => self.config.generation(),
-            _ => self.read_locked(offset, &self.lock()),
-        }
-    }
-
-    fn read_locked(&self, offset: u64, inner: &Inner) -> u32 {
-        let regs = &inner.regs;
+    /// Puts what the driver selected where it reads it.
+    fn show(&self, inner: &Inner) {
+        let (regs, page) = (&inner.regs, &self.shared.page);
         let queue = regs.queue_sel as usize;
-        let shm = || self.shm.iter().find(|r| u32::from(r.0) == regs.shm_sel);
-        match offset {
-            reg::DEVICE_FEATURES => half(self.features(), regs.device_features_sel),
-            reg::QUEUE_NUM_MAX => self.info.queue_sizes.get(queue).map_or(0, |&n| u32::from(n)),
-            reg::QUEUE_READY => inner.queues.get(queue).map_or(0, |q| u32::from(q.ready)),
-            reg::STATUS => {
-                let broken = self.shared.needs_reset.load(Ordering::SeqCst);
-                regs.status | if broken { status::NEEDS_RESET } else { 0 }
-            }
-            reg::SHM_LEN => half(shm().map_or(u64::MAX, |r| r.2), 0),
-            0x0b4 => half(shm().map_or(u64::MAX, |r| r.2), 1),
-            reg::SHM_BASE => half(shm().map_or(u64::MAX, |r| r.1.0), 0),
-            0x0bc => half(shm().map_or(u64::MAX, |r| r.1.0), 1),
-            _ => {
-                tracing::debug!(device = self.info.name, offset, "read of no register");
-                0
-            }
-        }
+        let (_, at, len) = *self.shm.iter().find(|r| u32::from(r.0) == regs.shm_sel).unwrap_or(&(
+            0,
+            GuestAddress(u64::MAX),
+            u64::MAX,
+        ));
+        page.set(reg::DEVICE_FEATURES, half(self.features(), regs.device_features_sel));
+        page.set(reg::QUEUE_NUM_MAX, self.info.queue_sizes.get(queue).map_or(0, |&n| u32::from(n)));
+        page.set(reg::QUEUE_READY, inner.queues.get(queue).map_or(0, |q| u32::from(q.ready)));
+        page.set_pair(reg::SHM_LEN, len);
+        page.set_pair(reg::SHM_BASE, at.0);
     }
 
     /// A vCPU writes `data` at `offset`. What cannot be written is ignored.
     pub fn write(&self, offset: u64, data: &[u8]) {
         if offset >= reg::CONFIG {
             if matches!(data.len(), 1 | 2 | 4 | 8) {
-                self.config.write(offset - reg::CONFIG, data);
+                self.shared.config.write(offset - reg::CONFIG, data);
+                self.shared.page.refresh(&*self.shared.config);
             }
         } else if let Ok(data) = <[u8; 4]>::try_from(data) {
             self.write_register(offset, u32::from_le_bytes(data));
@@ -307,10 +234,20 @@ impl MmioTransport {
                 }
             }
             reg::INTERRUPT_ACK => {
-                self.shared.interrupt_status.fetch_and(!value, Ordering::SeqCst);
+                self.shared.page.clear_bits(reg::INTERRUPT_STATUS, value);
             }
-            reg::STATUS => self.write_status(&mut self.lock(), value),
-            _ => self.write_locked(offset, value, &mut self.lock()),
+            reg::STATUS => {
+                let mut inner = self.lock();
+                self.write_status(&mut inner, value);
+                // What the host changed while no driver listened.
+                self.shared.page.refresh(&*self.shared.config);
+                self.show(&inner);
+            }
+            _ => {
+                let mut inner = self.lock();
+                self.write_locked(offset, value, &mut inner);
+                self.show(&inner);
+            }
         }
     }
 
@@ -328,7 +265,8 @@ impl MmioTransport {
 
     fn write_features(&self, regs: &mut Regs, value: u32) {
         // Section 3.1.1: after the driver has said that it is there, and before features are agreed.
-        if regs.status & status::DRIVER == 0 || regs.status & status::FEATURES_OK != 0 {
+        let now = self.shared.status();
+        if now & status::DRIVER == 0 || now & status::FEATURES_OK != 0 {
             tracing::debug!(device = self.info.name, "features written out of turn");
             return;
         }
@@ -347,7 +285,7 @@ impl MmioTransport {
             return;
         };
         // Section 4.2.2.1 forbids both.
-        if inner.regs.status & status::DRIVER_OK != 0 || queue.ready && offset != reg::QUEUE_READY {
+        if self.shared.status() & status::DRIVER_OK != 0 || queue.ready && offset != reg::QUEUE_READY {
             tracing::debug!(device = self.info.name, offset, index, "queue changed while in use");
             return;
         }
@@ -374,31 +312,34 @@ impl MmioTransport {
             return self.reset(inner);
         }
         let new = value & !status::NEEDS_RESET;
-        let old = inner.regs.status;
+        let old = self.shared.status();
         if old & !new != 0 {
             tracing::debug!(device = self.info.name, old, new, "status bits cleared without a reset");
             return;
         }
-        let regs = &mut inner.regs;
-        regs.status |= new & (status::ACKNOWLEDGE | status::FAILED);
-        if new & status::DRIVER != 0 && regs.status & status::ACKNOWLEDGE != 0 {
-            regs.status |= status::DRIVER;
+        let mut now = old | new & (status::ACKNOWLEDGE | status::FAILED);
+        if new & status::DRIVER != 0 && now & status::ACKNOWLEDGE != 0 {
+            now |= status::DRIVER;
         }
-        if new & status::FEATURES_OK != 0 && regs.status & status::DRIVER != 0 {
+        if new & status::FEATURES_OK != 0 && now & status::DRIVER != 0 {
+            let regs = &inner.regs;
             let refused = regs.driver_features & !self.features();
             if refused == 0 && !regs.beyond && regs.driver_features & 1 << feature::VERSION_1 != 0 {
-                regs.status |= status::FEATURES_OK;
+                now |= status::FEATURES_OK;
             } else {
                 tracing::debug!(device = self.info.name, refused, "features refused");
             }
         }
-        let ready = regs.status & (status::FEATURES_OK | status::DRIVER_OK) == status::FEATURES_OK;
-        if new & status::DRIVER_OK != 0 && ready {
-            regs.status |= status::DRIVER_OK;
-            if let Err(e) = self.activate(inner) {
-                tracing::warn!(device = self.info.name, "cannot start: {e}");
-                self.shared.broken();
-            }
+        let ready = now & (status::FEATURES_OK | status::DRIVER_OK) == status::FEATURES_OK;
+        let starts = new & status::DRIVER_OK != 0 && ready;
+        if starts {
+            now |= status::DRIVER_OK;
+        }
+        // Before the device runs: it may have something to add.
+        self.shared.page.set_bits(reg::STATUS, now);
+        if starts && let Err(e) = self.activate(inner) {
+            tracing::warn!(device = self.info.name, "cannot start: {e}");
+            self.shared.broken();
         }
     }
 
@@ -476,8 +417,8 @@ impl MmioTransport {
         for doorbell in &self.doorbells {
             doorbell.take();
         }
-        self.shared.needs_reset.store(false, Ordering::SeqCst);
-        self.shared.interrupt_status.store(0, Ordering::SeqCst);
+        self.shared.page.set(reg::STATUS, 0);
+        self.shared.page.set(reg::INTERRUPT_STATUS, 0);
     }
 
     /// Ends the device for good: with `drain` it first passes on what the driver had made available.
