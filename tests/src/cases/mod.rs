@@ -17,6 +17,7 @@ mod files;
 mod init;
 mod input;
 mod kernels;
+mod many_devices;
 mod leftovers;
 mod processors;
 mod programs;
@@ -54,6 +55,7 @@ pub const ALL: &[Case] = &[
     programs::DPKG,
     kernels::CASE,
     kernels::BZIMAGE,
+    many_devices::CASE,
     bad_input::CASE,
     c_abi::CASE,
     balloon::CASE,

@@ -257,7 +257,16 @@ guest!(
 #[test]
 fn doorbells_ring_without_an_exit() {
     let Some(kvm) = kvm() else { return };
-    let (machine, mut vcpu) = started(&kvm, bell::code());
+    for in_a_page in [false, true] {
+        rings(&kvm, in_a_page);
+    }
+}
+
+/// The same where nothing is and in a page that the guest may read.
+fn rings(kvm: &Kvm, in_a_page: bool) {
+    let (machine, mut vcpu) = started(kvm, bell::code());
+    let page = Mapping::anonymous(4096).unwrap();
+    let _shown = in_a_page.then(|| machine.vm.map(GuestAddress(DEVICE), &page, Prot::ReadOnly).unwrap());
     let (three, any) = (Wake::new().unwrap(), Wake::new().unwrap());
     let bells = machine.vm.doorbells().unwrap();
     let at = GuestAddress(DEVICE + 0x50);
