@@ -29,7 +29,7 @@ const SCRIPT: &str = "cd /dev/shm; head -c 128k /dev/urandom > in
         mkdir s$i; mount -t virtiofs s$i s$i; read name < s$i/name
         test $name = s$i || echo s$i says $name
         share s$i & i=$((i + 1)); done
-    wait; head -c 4 /dev/hwrng | wc -c; echo $n";
+    wait; head -c 4 /dev/hwrng | wc -c; echo $n; cat";
 
 fn host(env: &Env) -> Result<(), Failure> {
     let dir = TempDir::new("many")?;
@@ -48,11 +48,12 @@ fn host(env: &Env) -> Result<(), Failure> {
         config.shares.push(Share::new(name, path));
     }
     let captured = start(config)?;
+    let devices = DISKS + SHARES + OTHERS;
+    captured.wait_for_output(&format!("{devices}\n"))?;
     let total = captured.vm.memory_stats(Duration::from_secs(120))?.total.unwrap_or(0);
     same(&format!("the balloon tells of {total} bytes"), total > 100 << 20, true)?;
     let output = captured.finish()?.success()?;
-    let wanted = format!("{}\n4\n{DISKS}\n", DISKS + SHARES + OTHERS);
-    same("what the guest says", output.out(), wanted)?;
+    same("what the guest says", output.out(), format!("{devices}\n4\n{DISKS}\n"))?;
     for n in 0..SHARES {
         let len = std::fs::metadata(dir.path().join(format!("s{n}/new")))?.len();
         same(&format!("the file in share {n}"), len, 128 << 10)?;
