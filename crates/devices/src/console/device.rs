@@ -315,10 +315,11 @@ impl Console {
         self.wait_for_foreground(cx)
     }
 
-    /// Tells the driver when the size in the configuration is not the one it may have read.
+    /// Tells a driver without the control protocol when the size in the configuration is not the one it may
+    /// have read.
     fn tell_size(&mut self, cx: &Cx<'_>) {
         let resizes = self.shared.resizes.load(Ordering::Acquire);
-        if std::mem::replace(&mut self.told, resizes) != resizes {
+        if std::mem::replace(&mut self.told, resizes) != resizes && !self.multiport {
             cx.interrupt().config_changed();
         }
     }
