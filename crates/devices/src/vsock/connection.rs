@@ -7,11 +7,11 @@ use std::os::fd::AsFd;
 use bitflags::bitflags;
 use krun_event::Interest;
 use krun_memory::VolatileSlice;
-use krun_virtio::{Cx, Reader, Writer};
+use krun_virtio::{Cx, Reader};
 
 use super::credit::{Credit, Violation};
 use super::packet::{Ended, Header, op};
-use super::stream::{Read, Stream, Write};
+use super::stream::{Stream, Write};
 
 /// What tells a connection from all others.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
@@ -29,7 +29,7 @@ pub struct Key {
 /// ```
 /// An RST from or to the guest ends it in any state.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-enum State {
+pub(super) enum State {
     /// There is no socket yet.
     Connecting,
     /// The guest is to answer.
@@ -45,7 +45,7 @@ enum State {
 bitflags! {
     /// Packets due to the guest, data apart.
     #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
-    struct Due: u8 {
+    pub(super) struct Due: u8 {
         const REQUEST = 1;
         const RESPONSE = 2;
         const SHUTDOWN = 4;
@@ -75,19 +75,19 @@ impl From<Violation> for Fate {
 /// One connection.
 #[derive(Debug)]
 pub struct Connection {
-    key: Key,
-    state: State,
-    stream: Option<Stream>,
-    credit: Credit,
+    pub(super) key: Key,
+    pub(super) state: State,
+    pub(super) stream: Option<Stream>,
+    pub(super) credit: Credit,
     /// Bytes of the guest's that the socket has not taken.
     held: VecDeque<u8>,
     /// What the guest said it will do no more.
-    guest_ended: Ended,
+    pub(super) guest_ended: Ended,
     /// What the host's side will do no more.
-    host_ended: Ended,
-    due: Due,
+    pub(super) host_ended: Ended,
+    pub(super) due: Due,
     /// The socket may have something to read.
-    readable: bool,
+    pub(super) readable: bool,
     watched: Option<Interest>,
     /// Whether it has a turn with the guest's buffers.
     pub in_turn: bool,
@@ -265,13 +265,13 @@ impl Connection {
         self.held.is_empty() || self.held.len() < before
     }
 
-    fn host_receives_no_more(&mut self) {
+    pub(super) fn host_receives_no_more(&mut self) {
         self.credit.forward(self.held.len());
         self.held.clear();
         self.host_ends(Ended::RECEIVE);
     }
 
-    fn host_ends(&mut self, what: Ended) {
+    pub(super) fn host_ends(&mut self, what: Ended) {
         if !self.host_ended.contains(what) {
             self.host_ended |= what;
             self.due |= Due::SHUTDOWN;
@@ -318,94 +318,11 @@ impl Connection {
         self.readable |= readable && self.may_read();
     }
 
-    fn may_read(&self) -> bool {
+    pub(super) fn may_read(&self) -> bool {
         self.state == State::Open
             && self.stream.is_some()
             && !self.host_ended.contains(Ended::SEND)
             && !self.guest_ended.contains(Ended::RECEIVE)
-    }
-
-    /// Whether there is something for the guest, or may be.
-    pub fn wants_turn(&self) -> bool {
-        !self.due.is_empty() || self.readable && self.credit.left() > 0
-    }
-
-    /// The next packet for the guest, its data in `body`; `None` when there is none. The ports are filled in, the
-    /// context ids are not.
-    pub fn next_packet(&mut self, body: &mut Writer<'_>) -> Option<Header> {
-        let (op, flags, len) = self.next_contents(body)?;
-        let mut header = Header {
-            src_port: self.key.host_port,
-            dst_port: self.key.guest_port,
-            op,
-            flags,
-            len,
-            ..Header::default()
-        };
-        self.credit.stamp(&mut header);
-        self.due -= Due::CREDIT;
-        Some(header)
-    }
-
-    fn next_contents(&mut self, body: &mut Writer<'_>) -> Option<(u16, u32, u32)> {
-        if let Some(packet) = self.next_due() {
-            return Some(packet);
-        }
-        if let Some(len) = self.read(body) {
-            return Some((op::RW, 0, len));
-        }
-        // Reading may have found the end. Room is told by any packet, so a packet of its own comes last.
-        self.next_due().or_else(|| self.due.contains(Due::CREDIT).then_some((op::CREDIT_UPDATE, 0, 0)))
-    }
-
-    fn next_due(&mut self) -> Option<(u16, u32, u32)> {
-        if self.due.contains(Due::REQUEST) {
-            self.due -= Due::REQUEST;
-            return Some((op::REQUEST, 0, 0));
-        }
-        if self.due.contains(Due::RESPONSE) {
-            self.due -= Due::RESPONSE;
-            return Some((op::RESPONSE, 0, 0));
-        }
-        if self.due.contains(Due::SHUTDOWN) {
-            self.due -= Due::SHUTDOWN;
-            if self.host_ended.is_all() {
-                self.state = State::Over;
-            }
-            return Some((op::SHUTDOWN, self.host_ended.bits(), 0));
-        }
-        None
-    }
-
-    /// Reads from the socket what the guest has room for.
-    fn read(&mut self, body: &mut Writer<'_>) -> Option<u32> {
-        let left = self.credit.left();
-        if !self.readable || left == 0 || !self.may_read() {
-            return None;
-        }
-        let stream = self.stream.as_ref()?;
-        let room = body.remaining().min(left as usize);
-        // The rest of the buffer is not ours to fill.
-        body.split_at(room);
-        match stream.read(body.room()) {
-            Read::Data(n) => {
-                // A short read has emptied the socket, most likely; if not, it is reported again.
-                self.readable = n == room;
-                self.credit.send(n as u32);
-                body.advance(n);
-                return Some(n as u32);
-            }
-            Read::NotReady => self.readable = false,
-            Read::End => {
-                self.readable = false;
-                let closed = stream.is_hung_up();
-                if closed {
-                    self.host_receives_no_more();
-                }
-                self.host_ends(Ended::SEND);
-            }
-        }
-        None
     }
 
     /// What to wait for on the socket: nothing that could not be dealt with at once.

@@ -1,7 +1,7 @@
 //! The device: connections put together with the guest's queues.
 
 use std::collections::{BTreeMap, VecDeque};
-use std::os::fd::{AsFd, AsRawFd, RawFd};
+use std::os::fd::{AsFd, RawFd};
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -9,12 +9,11 @@ use krun_event::{Interest, Ready};
 use krun_virtio::{Chain, ConfigSpace, Cx, DeviceError, DeviceInfo, Reader, VirtioDevice, Writer};
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 
-use super::connection::{Connection, Fate, Key};
+use super::connection::{Fate, Key};
 use super::connector::Connector;
 use super::listener::Listener;
 use super::packet::{HOST_CID, Header, STREAM, op};
 use super::spec::{Direction, VsockError, VsockSpec};
-use super::stream::Stream;
 use super::table::Table;
 use crate::sys::{Timer, descriptors_for_guests};
 
@@ -26,25 +25,20 @@ const QUEUE_SIZES: [u16; 3] = [128, 128, 8];
 
 /// Tokens: the timer, then the listeners, then the connections.
 const TIMER: u64 = 0;
-const FIRST_LISTENER: u64 = 1;
+pub(super) const FIRST_LISTENER: u64 = 1;
 const FIRST_CONNECTION: u64 = 1 << 31;
 
 /// RSTs that wait for a buffer of the guest's. With so many, no more packets are taken from it until some are gone.
 const MAX_RESETS: usize = 1 << 16;
 /// Packets of one connection before another has its turn.
 const BURST: u32 = 16;
-/// Connections accepted before others have their turn.
-const ACCEPT_BATCH: u32 = 64;
-/// Time after which something is tried again of which no event tells: connecting where as many wait as fit, accepting
-/// when no descriptor was left.
-const RETRY_AFTER: Duration = Duration::from_millis(20);
 /// How long the end waits for a program of the host that takes nothing.
 const DRAIN_PATIENCE: Duration = Duration::from_secs(2);
 
 /// `le64 guest_cid` (virtio 1.2, section 5.10.4).
 #[derive(Debug)]
-struct Config {
-    cid: u64,
+pub(super) struct Config {
+    pub(super) cid: u64,
 }
 
 impl ConfigSpace for Config {
@@ -63,7 +57,7 @@ fn to_guest(cid: u64, header: Header) -> Header {
 }
 
 /// The end of a connection.
-fn reset(cid: u64, key: Key) -> Header {
+pub(super) fn reset(cid: u64, key: Key) -> Header {
     let (src_port, dst_port) = (key.host_port, key.guest_port);
     to_guest(cid, Header { op: op::RST, src_port, dst_port, ..Header::default() })
 }
@@ -71,19 +65,19 @@ fn reset(cid: u64, key: Key) -> Header {
 /// A virtio socket device.
 #[derive(Debug)]
 pub struct Vsock {
-    config: Arc<Config>,
+    pub(super) config: Arc<Config>,
     /// By port of the host.
-    connectors: BTreeMap<u32, Connector>,
-    listeners: Vec<Listener>,
-    table: Table,
+    pub(super) connectors: BTreeMap<u32, Connector>,
+    pub(super) listeners: Vec<Listener>,
+    pub(super) table: Table,
     /// RSTs due to the guest, apart from connections, which are gone by then.
-    resets: VecDeque<Header>,
+    pub(super) resets: VecDeque<Header>,
     /// Connections whose watch may have to change.
-    touched: Vec<u32>,
-    timer: Timer,
-    timing: bool,
+    pub(super) touched: Vec<u32>,
+    pub(super) timer: Timer,
+    pub(super) timing: bool,
     /// Sockets of connections have numbers below this.
-    top: RawFd,
+    pub(super) top: RawFd,
 }
 
 impl Vsock {
@@ -150,7 +144,7 @@ impl Vsock {
         }
     }
 
-    fn refuse(&mut self, header: &Header) {
+    pub(super) fn refuse(&mut self, header: &Header) {
         self.resets.extend(header.refusal());
     }
 
@@ -179,124 +173,8 @@ impl Vsock {
         }
     }
 
-    /// The guest wants to connect.
-    fn request(&mut self, key: Key, header: &Header) {
-        let Some(connector) = self.connectors.get_mut(&key.host_port) else {
-            return self.refuse(header);
-        };
-        if self.table.is_full() {
-            tracing::debug!("vsock: a connection to port {} is one too many", key.host_port);
-            return self.refuse(header);
-        }
-        let connection = Connection::requested_by_guest(key, self.table.room(), header);
-        let id = self.table.insert(connection);
-        let table = &self.table;
-        // Each of those that are wanted is a connection.
-        connector.push(id, 2 * table.limit(), |id| table.get(id).is_some_and(Connection::is_connecting));
-        self.connect(key.host_port);
-    }
-
-    /// Makes the connections to `port` that can be made now.
-    fn connect(&mut self, port: u32) {
-        let cid = self.config.cid;
-        let Some(connector) = self.connectors.get_mut(&port) else { return };
-        loop {
-            let table = &self.table;
-            let next = connector.next(|id| table.get(id).is_some_and(Connection::is_connecting));
-            let Some((id, result)) = next else { break };
-            match (self.table.get_mut(id), result) {
-                (Some(connection), Ok(stream)) if stream.as_fd().as_raw_fd() < self.top => {
-                    connection.connected(stream);
-                    self.table.line_up(id);
-                    self.touched.push(id);
-                }
-                _ => {
-                    if let Some(connection) = self.table.remove(id) {
-                        self.resets.push_back(reset(cid, connection.key()));
-                    }
-                }
-            }
-        }
-        if connector.is_waiting() {
-            self.retry_later();
-        }
-    }
-
-    /// Asks the guest for a connection with one that was accepted.
-    fn call_guest(&mut self, guest_port: u32, stream: Stream) {
-        let key = Key { host_port: self.table.free_port(guest_port), guest_port };
-        let connection = Connection::requested_by_host(key, self.table.room(), stream);
-        let id = self.table.insert(connection);
-        self.touch(id);
-    }
-
-    fn accept(&mut self, index: usize, cx: &Cx<'_>) {
-        let Some(listener) = self.listeners.get(index) else { return };
-        let port = listener.port();
-        for _ in 0..ACCEPT_BATCH {
-            if self.table.is_full() {
-                return self.pause(index, cx);
-            }
-            match self.listeners[index].accept() {
-                Ok(Some(stream)) => {
-                    let last = stream.as_fd().as_raw_fd() >= self.top;
-                    self.call_guest(port, stream);
-                    if last {
-                        return self.pause(index, cx);
-                    }
-                }
-                Ok(None) => return,
-                Err(e) => {
-                    tracing::warn!("vsock: accepting at {}: {e}", self.listeners[index].path().display());
-                    return self.pause(index, cx);
-                }
-            }
-        }
-    }
-
-    /// Accepts nothing for a while.
-    fn pause(&mut self, index: usize, cx: &Cx<'_>) {
-        let listener = &mut self.listeners[index];
-        if !std::mem::replace(&mut listener.paused, true) {
-            // It was watched.
-            let _ = cx.unwatch(listener);
-        }
-        self.retry_later();
-    }
-
-    fn retry_later(&mut self) {
-        if !std::mem::replace(&mut self.timing, true)
-            && let Err(e) = self.timer.set(RETRY_AFTER)
-        {
-            tracing::warn!("vsock: setting a timer: {e}");
-        }
-    }
-
-    fn retry(&mut self, cx: &Cx<'_>) -> Result<(), DeviceError> {
-        self.timer.take();
-        self.timing = false;
-        let ports: Vec<_> = self.connectors.iter().filter(|c| c.1.is_waiting()).map(|c| *c.0).collect();
-        for port in ports {
-            self.connect(port);
-        }
-        for index in 0..self.listeners.len() {
-            if std::mem::take(&mut self.listeners[index].paused) {
-                self.watch_listener(index, cx)?;
-                self.accept(index, cx);
-            }
-        }
-        Ok(())
-    }
-
-    fn watch_listener(&self, index: usize, cx: &Cx<'_>) -> Result<(), DeviceError> {
-        let listener = &self.listeners[index];
-        cx.watch(listener, FIRST_LISTENER + index as u64, Interest::Read).map_err(|source| {
-            DeviceError::Host { what: format!("watching the socket {}", listener.path().display()), source }
-        })
-    }
-
     /// Something changed for a connection.
-    fn touch(&mut self, id: u32) {
+    pub(super) fn touch(&mut self, id: u32) {
         self.table.line_up(id);
         self.touched.push(id);
     }

@@ -16,6 +16,8 @@ mod device;
 #[cfg(any(test, feature = "mock"))]
 mod fuzz;
 mod listener;
+mod opening;
+mod outgoing;
 mod packet;
 mod spec;
 mod stream;
