@@ -109,11 +109,15 @@ pub fn fuzz_peer(mut data: &[u8]) {
         h.kick(receive::QUEUE).unwrap();
         let len = usize::from(data[0]) + 1;
         let piece = take(&mut data, len);
-        if peer.write_all(piece).is_err() {
+        if let Err(e) = peer.write_all(piece) {
+            if e.kind() == ErrorKind::WouldBlock {
+                // The frame needs more than the buffers that the guest has, and the socket is full.
+                return;
+            }
             // The device has given up a stream that is none; the link is down.
             let mut status = [0; 2];
             h.config().read(6, &mut status);
-            assert_eq!(status, [0, 0]);
+            assert_eq!(status, [0, 0], "{e}");
             return;
         }
         while h.poll(Duration::ZERO).unwrap() > 0 {}
@@ -121,7 +125,8 @@ pub fn fuzz_peer(mut data: &[u8]) {
         while let Some(used) = h.collect(receive::QUEUE) {
             received += used.data.len();
             if left == 0 {
-                assert!(used.data.len() > HEADER);
+                // The header may fill the first one.
+                assert!(used.data.len() >= HEADER);
                 left = u16::from_le_bytes([used.data[10], used.data[11]]);
                 assert!(left == 1 || merge && left > 1, "a frame in {left} buffers");
             }
