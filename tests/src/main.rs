@@ -2,7 +2,8 @@
 //! from this one program, which the guest finds in a share.
 //!
 //! ```text
-//! krun-vmtests host --root DIR [--kernel FILE] [--krun FILE] [--chroot-vm FILE] [--shard I/N] [NAME...]
+//! krun-vmtests host --root DIR [--kernel FILE] [--krun FILE] [--chroot-vm FILE] [--shard I/N] [--without NAME,...]
+//!     [NAME...]
 //! krun-vmtests guest CASE [ARGUMENT...]
 //! krun-vmtests list
 //! ```
@@ -50,12 +51,14 @@ struct Options {
     shard: (usize, usize),
     names: Vec<String>,
     progress: Progress,
+    without: Vec<String>,
 }
 
 impl Options {
     fn parse(words: &[std::ffi::OsString]) -> Result<Self, String> {
         let (mut root, mut kernel, mut krun, mut chroot_vm) = (None, None, None, None);
         let (mut shard, mut names, mut progress) = ((0, 1), Vec::new(), Progress::default());
+        let mut without = Vec::new();
         let mut words = words.iter();
         while let Some(word) = words.next() {
             let option = word.to_str().ok_or("options are UTF-8")?;
@@ -74,6 +77,9 @@ impl Options {
                     let text = value.to_str().unwrap_or_default();
                     progress = Progress::parse(text).ok_or("--progress is of this program's own making")?;
                 }
+                "--without" => {
+                    without = value.to_string_lossy().split(',').map(str::to_owned).collect();
+                }
                 "--shard" => {
                     let text = value.to_str().unwrap_or_default();
                     let (i, n) = text.split_once('/').ok_or("--shard I/N")?;
@@ -83,10 +89,13 @@ impl Options {
             }
         }
         let root = root.ok_or("--root is missing")?;
-        Ok(Self { env: Env::new(root, kernel, krun, chroot_vm)?, shard, names, progress })
+        Ok(Self { env: Env::new(root, kernel, krun, chroot_vm)?, shard, names, progress, without })
     }
 
     fn wants(&self, index: usize, case: &Case) -> bool {
+        if self.without.iter().any(|name| name == case.name) {
+            return false;
+        }
         let named = self.names.is_empty() || self.names.iter().any(|n| case.name.starts_with(n.as_str()));
         named && (!self.names.is_empty() || index % self.shard.1 == self.shard.0)
     }

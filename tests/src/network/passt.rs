@@ -116,7 +116,18 @@ fn guest(args: &[OsString]) -> Result<u8, String> {
     Ok(0)
 }
 
+/// A TCP stream through passt 2023-03 does not arrive as it was sent; `KRUN_TEST_PASST` runs the cases all the same.
+fn known_fault() -> Result<(), Failure> {
+    match std::env::var_os("KRUN_TEST_PASST") {
+        Some(_) => Ok(()),
+        None => Err(Failure::Skip(
+            "known fault: TCP streams through passt arrive changed (KRUN_TEST_PASST=1 runs it)".into(),
+        )),
+    }
+}
+
 fn passt(env: &Env) -> Result<(), Failure> {
+    known_fault()?;
     in_namespace(|| {
         uplink()?;
         let dir = TempDir::new("passt")?;
@@ -183,6 +194,7 @@ fn guest_restart(args: &[OsString]) -> Result<u8, String> {
 }
 
 fn restart(env: &Env) -> Result<(), Failure> {
+    known_fault()?;
     in_namespace(|| {
         uplink()?;
         let dir = TempDir::new("passt-restart")?;
