@@ -168,7 +168,8 @@ pub struct Run {
 
     /// A network interface, eth0 and so on: passt (one is started, and ends with the guest), unix-stream:PATH (passt and
     /// the like), unix-dgram:PATH (gvproxy with vfkit, vmnet-helper), tap:NAME. Options after a comma: mac=ADDRESS,
-    /// dhcp=off, vfkit; for passt tcp=PORTS and udp=PORTS, as its -t and -u take them. With -v it is heard.
+    /// dhcp=off, vfkit; for passt tcp=PORTS and udp=PORTS, as its -t and -u take them. With -v it is heard. Known
+    /// fault: TCP streams through passt 2023-03 were seen to stall or arrive changed.
     #[arg(long = "net", value_name = "PEER[,OPTION]...", value_parser = crate::nets::parse)]
     pub nets: Vec<crate::nets::NetArg>,
     /// Join a vsock port to a unix socket of this host: a connection of the guest to the host's port (CID 2) goes to

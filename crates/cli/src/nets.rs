@@ -71,7 +71,11 @@ fn apply(arg: &mut NetArg, word: &str) -> Result<(), String> {
 fn mac(text: &str) -> Result<[u8; 6], String> {
     let bytes: Option<Vec<u8>> = text
         .split(':')
-        .map(|part| (part.len() == 2).then(|| u8::from_str_radix(part, 16).ok()).flatten())
+        .map(|part| {
+            // The parser itself would take a sign.
+            let plain = part.len() == 2 && part.bytes().all(|b| b.is_ascii_hexdigit());
+            plain.then(|| u8::from_str_radix(part, 16).ok()).flatten()
+        })
         .collect();
     let mac = bytes.and_then(|b| <[u8; 6]>::try_from(b).ok());
     mac.ok_or_else(|| format!("mac={text}: write six bytes as in 52:54:00:12:34:56"))
@@ -156,6 +160,7 @@ mod tests {
             ("tap:", "nothing after the colon"),
             ("passt,mac=1:2", "six bytes"),
             ("passt,mac=052:54:00:12:34:5f", "six bytes"),
+            ("passt,mac=+2:54:00:12:34:5f", "six bytes"),
             ("passt,dhcp=no", "on or off"),
             ("tap:x,vfkit", "unknown option vfkit"),
             ("tap:x,tcp=1", "unknown option tcp=1"),
