@@ -5,7 +5,7 @@ use std::ffi::{OsStr, c_char, c_int};
 use std::fs::File;
 use std::io::{BufRead, BufReader};
 use std::os::unix::ffi::OsStrExt;
-use std::os::unix::fs::{FileExt, MetadataExt};
+use std::os::unix::fs::{FileExt, MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 
 use libloading::os::unix::{Library, RTLD_LOCAL, RTLD_NOW};
@@ -14,6 +14,11 @@ use libloading::os::unix::{Library, RTLD_LOCAL, RTLD_NOW};
 type GetKernel = unsafe extern "C" fn(*mut usize, *mut usize, *mut usize) -> *const c_char;
 /// `krunfw_get_version`: the version of this interface.
 type GetVersion = unsafe extern "C" fn() -> c_int;
+
+/// Bytes of a program header in a 64-bit file (System V ABI, chapter 5).
+const PROGRAM_HEADER: usize = 56;
+/// Type of a program header: to be mapped.
+const PT_LOAD: u64 = 1;
 
 /// What a kernel library says.
 #[derive(Debug, Clone, Copy)]
@@ -60,11 +65,50 @@ pub fn open(path: &Path) -> Result<RawBundle, OpenError> {
     if !path.exists() {
         return Err(OpenError::Missing);
     }
+    if let Some(end) = missing_end(path) {
+        return Err(OpenError::Other(end));
+    }
     load(path.as_os_str()).map_err(|e| {
         // The loader begins with the name that our caller tells anyway.
         let name = format!("{}: ", path.display());
         OpenError::Other(e.strip_prefix(&name).map_or_else(|| e.clone(), ToOwned::to_owned))
     })
+}
+
+/// What is wrong with a library whose file ends before what it wants to have mapped. The loader maps it all the
+/// same, and whoever touches a page past the end of the file gets SIGBUS. Anything else is for the loader to judge.
+fn missing_end(path: &Path) -> Option<String> {
+    let file = open_regular(path)?;
+    let have = file.metadata().ok()?.len();
+    let mut header = [0u8; 64];
+    if file.read_exact_at(&mut header, 0).is_err() {
+        return Some(format!("the file has only {have} bytes; was it not fetched to the end?"));
+    }
+    let number = |bytes: &[u8]| bytes.iter().rev().fold(0u64, |n, b| n << 8 | u64::from(*b));
+    if header[..6] != *b"\x7fELF\x02\x01" || number(&header[54..56]) != PROGRAM_HEADER as u64 {
+        return None;
+    }
+    let table = number(&header[32..40]);
+    let mut need = 0;
+    for n in 0..number(&header[56..58]) {
+        let mut entry = [0u8; PROGRAM_HEADER];
+        let at = n.saturating_mul(PROGRAM_HEADER as u64).saturating_add(table);
+        need = need.max(at.saturating_add(PROGRAM_HEADER as u64));
+        if file.read_exact_at(&mut entry, at).is_err() {
+            break;
+        }
+        if number(&entry[..4]) == PT_LOAD {
+            need = need.max(number(&entry[8..16]).saturating_add(number(&entry[32..40])));
+        }
+    }
+    (need > have).then(|| format!("the file ends at {have} of {need} bytes; was it not fetched to the end?"))
+}
+
+/// Opens a file, and nothing whose opening could wait.
+fn open_regular(path: &Path) -> Option<File> {
+    let flags = rustix::fs::OFlags::NONBLOCK.bits() as i32;
+    let file = File::options().read(true).custom_flags(flags).open(path).ok()?;
+    file.metadata().ok()?.is_file().then_some(file)
 }
 
 fn load(name: &OsStr) -> Result<RawBundle, String> {
@@ -178,7 +222,7 @@ pub fn file_behind(bytes: &[u8]) -> Option<(File, u64, u64)> {
     // outside of this process's root by now.
     let range = format!("/proc/self/map_files/{:x}-{:x}", map.start, map.end);
     for path in [map.path.as_path(), Path::new(&range)] {
-        let Ok(file) = File::open(path) else { continue };
+        let Some(file) = open_regular(path) else { continue };
         if let Some(len) = same(&file) {
             return Some((file, map.offset + (at - map.start) as u64, len));
         }
@@ -217,6 +261,33 @@ mod tests {
         let heap = vec![1u8; 1 << 20];
         let start = heap.as_ptr().align_offset(4096);
         assert!(file_behind(&heap[start..start + 4096]).is_none());
+    }
+
+    #[test]
+    fn a_library_that_was_cut_is_not_loaded() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("libkrunfw.so.5");
+        let whole = std::fs::read(std::env::current_exe().unwrap()).unwrap();
+        std::fs::write(&path, &whole).unwrap();
+        assert_eq!(missing_end(&path), None);
+        for len in [0, 63, 64, 4096, 65536] {
+            std::fs::write(&path, &whole[..len]).unwrap();
+            let Err(OpenError::Other(text)) = open(&path) else { panic!("{len} bytes were loaded") };
+            assert!(text.contains("not fetched to the end"), "{len}: {text}");
+        }
+        // The loader's to judge.
+        std::fs::write(&path, [b'x'; 4096]).unwrap();
+        assert_eq!(missing_end(&path), None);
+    }
+
+    #[test]
+    fn a_pipe_is_no_library() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("pipe");
+        let made = std::process::Command::new("mkfifo").arg(&path).status().unwrap();
+        assert!(made.success());
+        // Opening it for reading would wait for a writer.
+        assert!(open_regular(&path).is_none());
     }
 
     #[test]

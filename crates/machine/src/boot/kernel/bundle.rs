@@ -160,7 +160,9 @@ fn candidates() -> Vec<PathBuf> {
         list.extend(newest_first(&kernels));
         list.push(kernels.join("*").join(SONAME));
     }
-    list.dedup();
+    // The program and the library may lie in one place.
+    let mut seen = std::collections::BTreeSet::new();
+    list.retain(|path| seen.insert(path.clone()));
     list
 }
 
