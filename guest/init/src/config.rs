@@ -110,7 +110,11 @@ pub fn from_host() -> (Option<OwnedFd>, Result<Option<InitConfig>, Failure>) {
 pub fn begin(given: Option<InitConfig>, args: &[Vec<u8>], env: &[Vec<u8>]) -> Result<Setup, Failure> {
     match given {
         Some(config) => {
-            let image = if config.exec.is_empty() { ImageConfig::IfPresent } else { ImageConfig::No };
+            let image = match named_image(&config.env) {
+                _ if !config.exec.is_empty() => ImageConfig::No,
+                Some(path) => ImageConfig::At(path.to_vec()),
+                None => ImageConfig::IfPresent,
+            };
             Ok(Setup { config, image, ..Setup::default() })
         }
         None => {
@@ -118,6 +122,11 @@ pub fn begin(given: Option<InitConfig>, args: &[Vec<u8>], env: &[Vec<u8>]) -> Re
             cmdline::parse(args.get(1..).unwrap_or_default(), env, line.as_deref())
         }
     }
+}
+
+/// The image's configuration that the environment names, for programs that give no command.
+fn named_image(env: &[Vec<u8>]) -> Option<&[u8]> {
+    env.iter().find_map(|entry| entry.strip_prefix(b"KRUN_CONFIG=")).filter(|path| !path.is_empty())
 }
 
 impl Setup {

@@ -104,6 +104,7 @@ fn guest(
     prepare(&mut setup, log)?;
     let replace_init = setup.replace_init;
     let command = Command::new(setup)?;
+    command.make_room();
     // Init's own time so far shows the pace of the machine, which may be an emulated one.
     let head_start = (log.age() * 4).clamp(HEAD_START[0], HEAD_START[1]);
     let mut streams = Streams::open(*plan, head_start, replace_init)?;

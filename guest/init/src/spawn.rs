@@ -93,6 +93,19 @@ impl Command {
         })
     }
 
+    /// Raises what the kernel permits any process to what the limits ask for. The kernel keeps the last word: then
+    /// setting the limit fails, and says so.
+    pub fn make_room(&self) {
+        const MOST: &str = "/proc/sys/fs/nr_open";
+        let permitted = std::fs::read_to_string(MOST).ok().and_then(|text| text.trim().parse::<u64>().ok());
+        let asked = self.limits.iter().filter(|l| l.resource == NOFILE).map(|l| l.hard).max();
+        if let (Some(permitted), Some(asked)) = (permitted, asked)
+            && asked > permitted
+        {
+            let _ = std::fs::write(MOST, asked.to_string());
+        }
+    }
+
     /// The user it will run as.
     pub fn uid(&self) -> u32 {
         self.identity.as_ref().map_or(0, |i| i.uid)

@@ -56,6 +56,7 @@ fn limits_are_set() {
 #[test]
 fn another_user() {
     if !rustix::process::geteuid().is_root() {
+        println!("skipped: becoming another user takes root");
         return;
     }
     let user = Some(User { user: b"4242".to_vec(), group: Some(b"17".to_vec()) });
