@@ -245,11 +245,12 @@ pub struct Captured {
 /// Starts a VM with captured streams.
 pub fn start(mut config: VmConfig) -> Result<Captured, Failure> {
     let ((stdin, stdin_writer), (out_reader, out), (err_reader, err)) = (pipe()?, pipe()?, pipe()?);
-    config.consoles = vec![Console::Standard {
+    let standard = Console::Standard {
         input: Some(OwnedFd::from(stdin)),
         output: Some(out.into()),
         error: Some(err.into()),
-    }];
+    };
+    config.consoles.insert(0, standard);
     let vm = Vm::start(config)?;
     let (stdout, stderr) = (Collected::from(out_reader), Collected::from(err_reader));
     Ok(Captured { vm, stdin: Some(stdin_writer), stdout, stderr })

@@ -39,6 +39,11 @@ pub fn run(prefix: &Path, destdir: Option<&Path>) -> Result<(), String> {
     put(&to("lib/pkgconfig/libkrun.pc"), pkg_config(prefix).as_bytes(), 0o644)?;
     for (path, args) in [
         ("share/man/man1/krun.1", &["man"] as &[&str]),
+        ("share/man/man1/krun-run.1", &["man", "run"]),
+        ("share/man/man1/krun-doctor.1", &["man", "doctor"]),
+        ("share/man/man1/krun-lab.1", &["man", "lab"]),
+        ("share/man/man1/krun-completions.1", &["man", "completions"]),
+        ("share/man/man1/krun-man.1", &["man", "man"]),
         ("share/bash-completion/completions/krun", &["completions", "bash"]),
         ("share/zsh/site-functions/_krun", &["completions", "zsh"]),
         ("share/fish/vendor_completions.d/krun.fish", &["completions", "fish"]),
@@ -79,7 +84,8 @@ pub fn check() -> Result<(), String> {
         return Err(format!("krun --version printed {version:?}"));
     }
     for (path, part) in [
-        ("share/man/man1/krun.1", ".TH krun"),
+        ("share/man/man1/krun.1", "krun\\-run(1)"),
+        ("share/man/man1/krun-run.1", "\\-\\-volume"),
         ("share/bash-completion/completions/krun", "complete"),
         ("share/zsh/site-functions/_krun", "#compdef krun"),
         ("share/fish/vendor_completions.d/krun.fish", "complete -c krun"),

@@ -34,8 +34,11 @@ pub enum Command {
         /// The shell.
         shell: clap_complete::Shell,
     },
-    /// Print the manual page (roff).
-    Man,
+    /// Print a manual page (roff): that of krun, or of one of its commands.
+    Man {
+        /// The command.
+        command: Option<String>,
+    },
 }
 
 /// Where the guest runs.
@@ -154,7 +157,7 @@ pub struct Run {
     #[arg(long, value_name = "WORDS")]
     pub kernel_args: Option<String>,
 
-    /// Write the kernel's console (a serial port) to a file.
+    /// Write the kernel's messages to a file.
     #[arg(long, value_name = "FILE")]
     pub console_log: Option<PathBuf>,
 

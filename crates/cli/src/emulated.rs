@@ -64,7 +64,7 @@ pub fn run(args: &Run, verbose: u8) -> Result<i32, String> {
     }
     let engine = engine()?;
     let exe = std::env::current_exe().map_err(|e| format!("cannot find this program's file: {e}"))?;
-    start(&engine, Command::new(words(&exe, verbose)), run::writable_paths(args))
+    start(&engine, Command::new(words(&exe, verbose)), run::exported_paths(args))
 }
 
 /// Runs any command of this host there.

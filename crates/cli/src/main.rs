@@ -9,7 +9,7 @@ mod nets;
 mod run;
 mod signals;
 
-use std::io;
+use std::io::{self, IsTerminal};
 use std::process::ExitCode;
 
 use clap::{CommandFactory, Parser};
@@ -44,7 +44,15 @@ fn log(verbose: u8) {
         1 => LevelFilter::INFO,
         _ => LevelFilter::TRACE,
     };
-    tracing_subscriber::fmt().with_max_level(level).with_writer(io::stderr).without_time().init();
+    // Seconds since the start, as in the guest's messages.
+    let time = tracing_subscriber::fmt::time::uptime();
+    let ansi = io::stderr().is_terminal();
+    tracing_subscriber::fmt()
+        .with_max_level(level)
+        .with_writer(io::stderr)
+        .with_ansi(ansi)
+        .with_timer(time)
+        .init();
 }
 
 fn act(cli: &Cli) -> Result<i32, String> {
@@ -64,8 +72,23 @@ fn act(cli: &Cli) -> Result<i32, String> {
             clap_complete::generate(*shell, &mut Cli::command(), "krun", &mut out);
             Ok(0)
         }
-        Command::Man => clap_mangen::Man::new(Cli::command()).render(&mut out).map(|()| 0).map_err(printing),
+        Command::Man { command } => {
+            manual(command.as_deref())?.render(&mut out).map(|()| 0).map_err(printing)
+        }
     }
+}
+
+/// The page `krun(1)`, or `krun-NAME(1)` of a command.
+fn manual(name: Option<&str>) -> Result<clap_mangen::Man, String> {
+    let mut all = Cli::command();
+    let Some(name) = name else { return Ok(clap_mangen::Man::new(all)) };
+    // Lets the commands know what they inherit and what they are called.
+    all.build();
+    let command = all
+        .get_subcommands()
+        .find(|command| command.get_name() == name)
+        .ok_or_else(|| format!("man {name}: there is no such command"))?;
+    Ok(clap_mangen::Man::new(command.clone()).title(format!("krun-{name}")))
 }
 
 /// Says why something runs in the emulated host that was to run on KVM if possible.

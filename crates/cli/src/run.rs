@@ -7,7 +7,7 @@ use std::os::unix::ffi::OsStrExt;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-use krun::{Command, Console, Input, Kernel, KernelFormat, Serial, Share, Vm, VmConfig};
+use krun::{Command, Console, Input, Kernel, KernelFormat, Share, Vm, VmConfig};
 
 use crate::args::Run;
 use crate::{disks, nets, signals};
@@ -41,13 +41,11 @@ fn config(args: &Run, verbose: bool) -> Result<VmConfig, String> {
         u8::try_from(args.cpus).map_err(|_| format!("--cpus {}: a VM can have 1 to 16", args.cpus))?;
     let memory_mib = u32::try_from(args.memory)
         .map_err(|_| format!("--memory {} MiB is more than a machine can have", args.memory))?;
-    let mut kernel_args: Vec<String> = args.kernel_args.iter().cloned().collect();
-    let serial = match &args.console_log {
+    let kernel_log = match &args.console_log {
         None => None,
         Some(path) => {
-            kernel_args.push("console=ttyS0".into());
             let file = File::create(path).map_err(|e| format!("--console-log {}: {e}", path.display()))?;
-            Some(Serial { input: None, output: Some(file.into()) })
+            Some(file.into())
         }
     };
     let (disks, root_disk) = disks::disks(args);
@@ -55,7 +53,7 @@ fn config(args: &Run, verbose: bool) -> Result<VmConfig, String> {
         vcpus,
         memory_mib,
         kernel: kernel(args)?,
-        kernel_args,
+        kernel_args: args.kernel_args.iter().cloned().collect(),
         shares: shares(args)?,
         disks,
         root_disk,
@@ -63,7 +61,7 @@ fn config(args: &Run, verbose: bool) -> Result<VmConfig, String> {
         consoles: vec![
             Console::inherit().map_err(|e| format!("cannot duplicate the standard streams: {e}"))?,
         ],
-        serial,
+        kernel_log,
         nested: args.nested,
         oem_strings: args.oem_strings.clone(),
         huge_pages: args.huge_pages,
@@ -131,6 +129,9 @@ pub fn check(args: &Run) -> Result<(), String> {
     if args.tty && !(std::io::stdin().is_terminal() && std::io::stdout().is_terminal()) {
         return Err("--tty: standard input and output are no terminals; leave the option out".into());
     }
+    if args.command.first().is_some_and(|word| word.is_empty()) {
+        return Err("the command is an empty word; a variable that is not set?".into());
+    }
     kernel(args).map(|_| ())
 }
 
@@ -184,8 +185,23 @@ fn kernel(args: &Run) -> Result<Kernel, String> {
     Ok(Kernel::File { path: path.clone(), format, initramfs: args.initramfs.clone(), cmdline: None })
 }
 
-/// Host paths that the run needs, for a host that sees them only where it is told.
-pub fn writable_paths(args: &Run) -> Vec<PathBuf> {
+/// Directories that the emulated host needs besides what it shows of this machine: those that the run writes to, and
+/// those below directories that are its own there.
+pub fn exported_paths(args: &Run) -> Vec<PathBuf> {
+    let mut paths = writable_paths(args);
+    let directories = args.root.iter().chain(args.volumes.iter().map(|v| &v.host));
+    let files = [&args.kernel, &args.initramfs].into_iter().flatten();
+    let files = files.chain(args.root_disk.iter().chain(&args.disks).map(|arg| &arg.disk.path));
+    let real = |path: &PathBuf| path.canonicalize().ok();
+    let read =
+        directories.filter_map(real).chain(files.filter_map(real).filter_map(|f| Some(f.parent()?.into())));
+    let is_hidden = |path: &PathBuf| ["/run", "/dev", "/sys"].iter().any(|own| path.starts_with(own));
+    paths.extend(read.filter(is_hidden));
+    paths
+}
+
+/// Directories that the run writes to.
+fn writable_paths(args: &Run) -> Vec<PathBuf> {
     let mut paths: Vec<PathBuf> = Vec::new();
     if !args.read_only {
         paths.extend(args.root.clone());

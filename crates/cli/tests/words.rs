@@ -27,6 +27,16 @@ fn the_manual_is_a_manual() {
     let page = printed(&["man"]);
     assert!(page.lines().any(|line| line.starts_with(".TH krun")), "{page}");
     assert!(page.contains("microVM"));
+    // Each command that it refers to has a page.
+    for name in ["run", "doctor", "lab", "completions", "man"] {
+        assert!(page.contains(&format!("krun\\-{name}(1)")), "{page}");
+        assert!(printed(&["man", name]).contains(&format!(".TH krun-{name}")), "{name}");
+    }
+    let run = printed(&["man", "run"]);
+    for option in ["volume", "vsock", "console\\-log"] {
+        assert!(run.contains(&format!("\\-\\-{option}")), "{option}: {run}");
+    }
+    assert!(!krun(&["man", "brew"]).status.success());
 }
 
 #[test]

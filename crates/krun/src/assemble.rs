@@ -168,19 +168,26 @@ fn share_device(
 }
 
 /// The kernel's command line, without the devices.
-fn command_line(config: &VmConfig) -> String {
-    let console = config.kernel_console.as_deref().unwrap_or("hvc0");
+fn command_line(config: &VmConfig, log: Option<usize>) -> String {
+    let console = match (&config.kernel_console, log) {
+        (Some(name), _) => name.clone(),
+        (None, log) => format!("hvc{}", log.unwrap_or(0)),
+    };
     // Mounted as what it is, so that the guest need not ask to find out that it cannot write.
     let mode = if config.shares.iter().any(|s| s.tag == ROOT_TAG && s.read_only) { "ro" } else { "rw" };
     let mut line = format!(
         "reboot=k,panic_warm panic=-1 panic_print=0 nomodule console={console} rootfstype=virtiofs {mode} no-kvmapf"
     );
-    if !config.verbose {
+    if !config.verbose && log.is_none() {
         line.push_str(" quiet");
     }
     if config.init {
         line.push_str(" init=");
         line.push_str(wire::INIT_PATH);
+    }
+    if config.serial.is_some() {
+        // A kernel that is built to start fast looks for serial ports only when told.
+        line.push_str(" 8250.nr_uarts=1");
     }
     for word in &config.kernel_args {
         line.push(' ');
@@ -205,7 +212,8 @@ pub fn assemble(mut config: VmConfig) -> Result<Parts, Error> {
             .set_nonblocking(true)
             .map_err(|source| Error::Host { what: "set up the control socket", source })?;
     }
-    let (console_devices, handles, terminals, stdio) = consoles(&mut config, guest_end)?;
+    let Consoles { devices: console_devices, handles, terminals, stdio, log } =
+        consoles(&mut config, guest_end)?;
     let exit_code = Arc::new(ExitCode::default());
     let mut devices: Vec<Box<dyn VirtioDevice>> = Vec::new();
     let mut own = Vec::new();
@@ -213,7 +221,7 @@ pub fn assemble(mut config: VmConfig) -> Result<Parts, Error> {
         own.push(own_file(wire::INIT_PATH, 0o755, INIT));
         own.push(own_file(wire::CONFIG_PATH, 0o400, init_config(&config, stdio)));
     }
-    let cmdline = command_line(&config);
+    let cmdline = command_line(&config, log);
     let mut shares = std::mem::take(&mut config.shares);
     match shares.iter().position(|s| s.tag == ROOT_TAG) {
         Some(at) => shares[..=at].rotate_right(1),
@@ -258,19 +266,29 @@ pub fn assemble(mut config: VmConfig) -> Result<Parts, Error> {
     Ok(Parts { spec, devices, exit_code, control: host_end, consoles: handles, terminals, balloon, disks })
 }
 
-type Consoles = (Vec<Box<dyn VirtioDevice>>, Vec<ConsoleHandle>, Vec<Arc<RawTerminal>>, wire::Stdio);
+#[derive(Default)]
+struct Consoles {
+    devices: Vec<Box<dyn VirtioDevice>>,
+    handles: Vec<ConsoleHandle>,
+    terminals: Vec<Arc<RawTerminal>>,
+    stdio: wire::Stdio,
+    /// Number of the console (`hvcN`) that takes the kernel's messages, if they have their own.
+    log: Option<usize>,
+}
 
-/// The console devices. One of them also carries the control port.
+/// The console devices. One of them also carries the control port, and one the kernel's messages. The guest numbers
+/// its consoles as it finds them, in one device in the order of its ports.
 fn consoles(config: &mut VmConfig, mut control: Option<UnixStream>) -> Result<Consoles, Error> {
     let mut list = std::mem::take(&mut config.consoles);
-    let (mut devices, mut handles, mut terminals) =
-        (Vec::<Box<dyn VirtioDevice>>::new(), Vec::new(), Vec::new());
-    let mut stdio = None;
-    // The port goes where there is room for it, else to a console of its own.
+    let mut log = config.kernel_log.take();
+    let (mut all, mut stdio) = (Consoles::default(), None);
+    // Both ports go where there is room for them, else to a console of their own.
+    let needed = usize::from(control.is_some()) + usize::from(log.is_some());
     let room = |c: &Console| {
-        matches!(c, Console::Standard { .. }) || matches!(c, Console::Ports(p) if p.len() < MAX_PORTS)
+        matches!(c, Console::Standard { .. })
+            || matches!(c, Console::Ports(p) if p.len() + needed <= MAX_PORTS)
     };
-    if control.is_some() && !list.iter().any(room) {
+    if needed > 0 && !list.iter().any(room) {
         list.push(Console::Standard { input: None, output: None, error: None });
     }
     for console in list {
@@ -279,6 +297,10 @@ fn consoles(config: &mut VmConfig, mut control: Option<UnixStream>) -> Result<Co
             Console::Standard { input, output, error } => standard(input, output, error, config.verbose)?,
             Console::Ports(described) => named(described)?,
         };
+        if has_room && let Some(output) = log.take() {
+            all.log = Some(ports.list.iter().filter(|port| port.is_console()).count());
+            ports.list.push(PortSpec::console(None, Some(output), None));
+        }
         if has_room && let Some(stream) = control.take() {
             let port = PortSpec::duplex(wire::CONTROL_PORT, stream.into())
                 .map_err(|source| Error::Host { what: "duplicate the control socket", source })?;
@@ -290,11 +312,12 @@ fn consoles(config: &mut VmConfig, mut control: Option<UnixStream>) -> Result<Co
             stdio.get_or_insert(ports.stdio);
         }
         let device = krun_devices::console::Console::new(ConsoleSpec { ports: ports.list })?;
-        handles.push(device.handle());
-        terminals.extend(ports.terminals);
-        devices.push(Box::new(device));
+        all.handles.push(device.handle());
+        all.terminals.extend(ports.terminals);
+        all.devices.push(Box::new(device));
     }
-    Ok((devices, handles, terminals, stdio.unwrap_or_default()))
+    all.stdio = stdio.unwrap_or_default();
+    Ok(all)
 }
 
 #[cfg(test)]

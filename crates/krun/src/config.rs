@@ -59,6 +59,9 @@ pub struct VmConfig {
     pub nested: bool,
     /// Strings that the guest finds in its SMBIOS tables (`dmidecode -t 11`), if its kernel reads those.
     pub oem_strings: Vec<String>,
+    /// Takes the messages of the guest's kernel, of all levels, and nothing else. They go through a console of their
+    /// own (`hvcN`), which is there early in the boot; what was said before follows if the kernel is ours.
+    pub kernel_log: Option<OwnedFd>,
     /// Kernel messages and init's timings go to the console.
     pub verbose: bool,
 }
@@ -87,6 +90,7 @@ impl Default for VmConfig {
             split_irqchip: false,
             nested: false,
             oem_strings: Vec::new(),
+            kernel_log: None,
             verbose: false,
         }
     }

@@ -100,6 +100,7 @@ fn config(context: &mut Context) -> Answer<api::VmConfig> {
         verbose: defaults.verbose,
         consoles,
         serial,
+        kernel_log: None,
     })
 }
 

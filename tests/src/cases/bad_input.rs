@@ -37,6 +37,16 @@ fn host(env: &Env) -> Result<(), Failure> {
         ("NUL", Box::new(|c| c.command.args.push("a\0b".into()))),
         ("missing", kernel(&missing, KernelFormat::Elf)),
     ];
+    if let Some(bundle) = &env.kernel {
+        // Less by a page, and by half: the loader takes such libraries, and reading their pages is SIGBUS.
+        let bytes = std::fs::read(bundle)?;
+        for len in [bytes.len() - 4096, bytes.len() / 2] {
+            let path = dir.path().join(format!("cut-{len}.so"));
+            std::fs::write(&path, &bytes[..len])?;
+            let cut = Box::new(move |c: &mut VmConfig| c.kernel = Kernel::Bundle(Some(path.clone())));
+            changes.push(("not fetched to the end", cut));
+        }
+    }
     let bundle = missing.clone();
     changes.push(("missing", Box::new(move |c| c.kernel = Kernel::Bundle(Some(bundle.clone())))));
     for format in [
@@ -84,5 +94,7 @@ fn cli(env: &Env, dir: &TempDir) -> Result<(), Failure> {
         same(&format!("status of {args:?} ({text})"), output.status.code(), Some(125))?;
         contains(&format!("{args:?}"), &text, part)?;
     }
-    Ok(())
+    let output = env.krun()?.args(["--", ""]).output()?;
+    same("status of an empty command", output.status.code(), Some(125))?;
+    contains("empty command", &String::from_utf8_lossy(&output.stderr), "empty word")
 }

@@ -2,6 +2,9 @@
 
 use std::ffi::OsString;
 use std::fs;
+use std::sync::Arc;
+
+use krun::{Command, Overlay, OverlayContent};
 
 use crate::harness::{Case, Env, Failure, contains, run, same};
 
@@ -51,6 +54,19 @@ fn host(env: &Env) -> Result<(), Failure> {
     config.command.limits = vec!["nofile=123:456".parse()?];
     let output = run(config)?.success()?;
     same("host name, directory, variable", output.out().as_str(), "box /usr/share hello\n")?;
+
+    // More files than the kernel permits without being told, which container engines ask for.
+    let mut config = env.shell("ulimit -n");
+    config.command.limits = vec!["nofile=2000000".parse()?];
+    same("limit of open files", run(config)?.success()?.out().trim(), "2000000")?;
+
+    // Without a command, the image's configuration that the environment names says what runs.
+    let mut config = env.shell("");
+    config.command = Command { env: vec!["KRUN_CONFIG=/own.json".into()], ..Command::default() };
+    let text = br#"{"process": {"args": ["/bin/sh", "-c", "echo from $PWD"], "cwd": "/usr"}}"#;
+    let content = OverlayContent::File { data: Arc::new(&text[..]), one_shot: false };
+    config.shares[0].overlays.push(Overlay { path: "own.json".into(), mode: 0o444, content });
+    same("command of a configuration", run(config)?.success()?.out().as_str(), "from /usr\n")?;
 
     // Orphans are reaped, and processes left behind do not keep the machine.
     let script = "(sleep 0.1 & ) ; sleep 0.4; ps -eo stat,comm | grep -c '^Z' ; sleep 1000 & exit 5";

@@ -8,6 +8,7 @@ mod balloon;
 mod bare;
 mod bytes;
 mod c_abi;
+mod consoles;
 mod disk;
 mod disk_faults;
 mod disk_root;
@@ -49,6 +50,9 @@ pub const ALL: &[Case] = &[
     terminal::CONTINUED,
     terminal::RESTORED,
     terminal::FOREGROUND,
+    consoles::LOG,
+    consoles::SERIAL,
+    consoles::SEVERAL,
     programs::PYTHON,
     programs::GIT,
     programs::COMPILE,

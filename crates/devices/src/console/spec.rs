@@ -79,7 +79,8 @@ impl PortSpec {
         Ok(Self::stream(name, Some(socket), Some(output)))
     }
 
-    pub(super) fn is_console(&self) -> bool {
+    /// Whether it is a terminal of the guest.
+    pub fn is_console(&self) -> bool {
         matches!(self.kind, PortKind::Console { .. })
     }
 

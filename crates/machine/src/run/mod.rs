@@ -262,6 +262,7 @@ fn spawn<V: Vm>(inner: &Arc<Inner<V>>, vcpus: u32, state: &BootState) -> Result<
         return Err(error);
     }
     inner.end.set_kickers(kickers);
+    tracing::info!("the guest's first instruction");
     for gate in gates {
         let _ = gate.send(());
     }
@@ -278,8 +279,10 @@ impl<V: Vm> Drop for Leave<V> {
             return;
         }
         let end = Arc::clone(&inner.end);
+        tracing::info!("the guest's last instruction");
         inner.shut_down();
         drop(inner);
+        tracing::info!("the machine is gone");
         end.finish();
     }
 }

@@ -1,0 +1,111 @@
+//! Consoles besides that of the workload: kernel's messages in a file, the serial port, ports by name.
+
+use std::io::{BufRead, BufReader, Read, Write, pipe};
+use std::thread::{self, JoinHandle};
+
+use krun::{Console, Port, Serial};
+
+use crate::harness::{Case, Env, Failure, TempDir, contains, no_guest, run, same};
+
+pub const LOG: Case = Case { name: "console_log", host: log, guest: no_guest };
+pub const SERIAL: Case = Case { name: "serial", host: serial, guest: no_guest };
+pub const SEVERAL: Case = Case { name: "consoles", host: several, guest: no_guest };
+
+/// Status of a script that misses something.
+const MISSING: i32 = 77;
+
+/// `--console-log` has the kernel's messages, and the streams have nothing of them.
+fn log(env: &Env) -> Result<(), Failure> {
+    let dir = TempDir::new("log")?;
+    let path = dir.path().join("log");
+    let mut command = env.krun()?;
+    command.arg("--console-log").arg(&path).args([
+        "--",
+        "sh",
+        "-c",
+        "cat /proc/version; echo err >&2; exit 3",
+    ]);
+    let output = command.output()?;
+    same("status", output.status.code(), Some(3))?;
+    same("standard error", output.stderr.as_slice(), b"err\n")?;
+    let text = String::from_utf8_lossy(&std::fs::read(&path)?).into_owned();
+    contains("log", &text, "Run /init.krun as init process")?;
+    // Linux prints what was said before on the console only if it knows the console's port by then, which is so
+    // with a patch of ours.
+    let is_ours = String::from_utf8_lossy(&output.stdout).contains("(krun@krun)");
+    same("the log begins with the first message", text.contains("Linux version"), is_ours)
+}
+
+/// Reads until the end, beside what else is done.
+fn collect(mut from: impl Read + Send + 'static) -> JoinHandle<std::io::Result<String>> {
+    thread::spawn(move || {
+        let mut text = String::new();
+        from.read_to_string(&mut text).map(|_| text)
+    })
+}
+
+fn collected(reader: JoinHandle<std::io::Result<String>>) -> Result<String, Failure> {
+    Ok(reader.join().map_err(|_| Failure::Wrong("a reader panicked".into()))??)
+}
+
+/// Both directions of `ttyS0`, and the kernel's messages on it.
+fn serial(env: &Env) -> Result<(), Failure> {
+    let (input, typed) = pipe()?;
+    let (shown, output) = pipe()?;
+    let script = format!(
+        "exec 3<>/dev/ttyS0 && stty -F /dev/ttyS0 -echo || exit {MISSING}
+        echo ready >&3; read line <&3; echo \"got $line\" >&3"
+    );
+    let mut config = env.shell(&script);
+    config.serial = Some(Serial { input: Some(input.into()), output: Some(output.into()) });
+    config.kernel_console = Some("ttyS0".into());
+    config.verbose = true;
+    // What is typed before the port is opened is lost, as on any such port.
+    let reader = thread::spawn(move || {
+        let (mut shown, mut typed) = (BufReader::new(shown), Some(typed));
+        let (mut text, mut line) = (String::new(), Vec::new());
+        while shown.read_until(b'\n', &mut line)? > 0 {
+            let said = String::from_utf8_lossy(&line);
+            if said.starts_with("ready")
+                && let Some(mut typed) = typed.take()
+            {
+                typed.write_all(b"hello\n")?;
+            }
+            text.push_str(&said);
+            line.clear();
+        }
+        Ok(text)
+    });
+    let status = run(config)?.code;
+    let text = collected(reader)?;
+    if status == MISSING {
+        return Err(Failure::Skip("this kernel has no driver for serial ports".into()));
+    }
+    same(&format!("status; the port said {text:?}"), status, 0)?;
+    contains("serial port", &text, "got hello")?;
+    contains("serial port", &text, "Linux version")
+}
+
+/// A second console device with a port by name.
+fn several(env: &Env) -> Result<(), Failure> {
+    let (input, mut given) = pipe()?;
+    let (taken, output) = pipe()?;
+    given.write_all(b"hello\n")?;
+    let script = "set -e
+        for port in /sys/class/virtio-ports/*; do
+            if [ \"$(cat $port/name 2>/dev/null)\" = data ]; then dev=/dev/${port##*/}; fi
+        done
+        exec 3<>$dev
+        read line <&3; echo \"got $line\" >&3
+        echo out";
+    let mut config = env.shell(script);
+    config.consoles = vec![Console::Ports(vec![Port::Stream {
+        name: "data".into(),
+        input: Some(input.into()),
+        output: Some(output.into()),
+    }])];
+    let taken = collect(taken);
+    let output = run(config)?.success()?;
+    same("standard output", output.out().as_str(), "out\n")?;
+    same("port", collected(taken)?.as_str(), "got hello\n")
+}
