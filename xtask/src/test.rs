@@ -69,10 +69,15 @@ fn counted(what: &str, command: &mut Command) -> Counts {
             return counts;
         }
     };
+    // What tests that passed have printed is of interest only where it says that nothing was tested.
+    let mut silent = false;
     for line in
         child.stdout.take().into_iter().flat_map(|out| BufReader::new(out).lines()).map_while(Result::ok)
     {
-        println!("{line}");
+        silent = line == "successes:" || silent && line != "failures:" && !line.starts_with("test result: ");
+        if !silent {
+            println!("{line}");
+        }
         counts.line(&line);
     }
     match child.wait() {
@@ -115,8 +120,12 @@ pub fn run(names: &[String]) -> Result<(), String> {
         counts.check("cargo doc", cargo(&["doc", "--quiet", "--workspace", "--no-deps"]));
         stage("unit and property tests");
         let mut unit = Command::new("cargo");
-        unit.args(["test", "--quiet", "--workspace", "--no-fail-fast"]);
+        unit.args(["test", "--quiet", "--workspace", "--no-fail-fast", "--", "--show-output"]);
+        // Those of the emulated host need it.
+        let lab = Lab::ensure(&build()?.krun)?;
         counts.add(counted("cargo test", &mut unit));
+        stage("tests of the hypervisor and the machine, under the emulated host's KVM");
+        counts.add(kvm_tests(&lab)?);
         stage("installation");
         counts.check("cargo xtask install", install::check());
     }
@@ -128,6 +137,38 @@ pub fn run(names: &[String]) -> Result<(), String> {
     println!("{} skipped, {:.0} s", counts.skipped.len(), start.elapsed().as_secs_f64());
     println!("{} passed, {} failed", counts.passed, counts.failed);
     if counts.failed == 0 { Ok(()) } else { Err(format!("{} tests failed", counts.failed)) }
+}
+
+/// Runs the tests that need a faithful KVM where there is one. Nothing may be skipped there.
+fn kvm_tests(lab: &Lab) -> Result<Counts, String> {
+    let args =
+        ["test", "--quiet", "-p", "krun-hv", "-p", "krun-machine", "--no-run", "--message-format=json"];
+    let out = Command::new("cargo").args(args).stderr(Stdio::inherit()).output();
+    let out = out.map_err(|e| format!("cannot run cargo: {e}"))?;
+    let text = String::from_utf8_lossy(&out.stdout);
+    let programs: Vec<_> = text.lines().filter_map(executable).collect();
+    let mut counts = Counts::default();
+    for program in &programs {
+        let words = [program, "--quiet", "--show-output"].map(Into::into);
+        let status = lab.lines(&words, &[], &[], Some(KVM_TESTS_LIMIT), |line| counts.line(line))?;
+        let failed = counts.failed;
+        if !status.success() && failed == 0 {
+            counts.check(program, Err(format!("ended with {status}")));
+        }
+        println!("{program}: {status}");
+    }
+    if programs.len() < 3 {
+        counts.check("the tests under KVM", Err(format!("cargo named only {programs:?}")));
+    }
+    for why in std::mem::take(&mut counts.skipped) {
+        counts.check("a test under KVM", Err(why));
+    }
+    Ok(counts)
+}
+
+/// The test program that a line of cargo's messages names; examples lie elsewhere.
+fn executable(line: &str) -> Option<&str> {
+    line.split_once("\"executable\":\"")?.1.split('"').next().filter(|path| path.contains("/deps/"))
 }
 
 /// Packages besides those of the kernel build and the emulated host, which say so themselves.
@@ -222,6 +263,8 @@ const ONCE: &[&str] = &[
     "disk_power_cut",
 ];
 
+/// How long one of the test programs under the emulated host's KVM may take; they took under a minute.
+const KVM_TESTS_LIMIT: Duration = Duration::from_secs(5 * 60);
 /// How long the VM tests of one bundle may take; they took about 15 minutes where that was measured.
 const VM_TESTS_LIMIT: Duration = Duration::from_secs(25 * 60);
 
@@ -286,6 +329,14 @@ fn kernel_images(vmlinux: &std::path::Path) -> Result<PathBuf, String> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn cargo_says_where_a_test_program_is() {
+        let line = r#"{"reason":"compiler-artifact","executable":"/t/deps/krun_hv-1","fresh":true}"#;
+        assert_eq!(executable(line), Some("/t/deps/krun_hv-1"));
+        assert_eq!(executable(&line.replace("deps", "examples")), None);
+        assert_eq!(executable(r#"{"reason":"compiler-artifact","executable":null}"#), None);
+    }
 
     #[test]
     fn lines_are_counted() {
