@@ -156,7 +156,7 @@ impl Setup {
         Err(last)
     }
 
-    /// Where the guest's instructions go: the kernel by its calls, and init.
+    /// Where the instructions go: the VMM, the guest's kernel by its calls, init.
     fn split(&self) -> Result<(), String> {
         let Some(dir) = &self.variants[0].dir else { return Ok(()) };
         let mut words: Vec<OsString> = vec![self.release.join("krun").into()];
@@ -167,16 +167,12 @@ impl Setup {
         words.extend(["--kernel".into(), dir.join("libkrunfw.so.5").into()]);
         words.extend(["--root", "/r", "--", "/bin/dmesg"].map(OsString::from));
         let text = self.exactly(&words, &[dir.join("libkrunfw.so.5")])?;
-        println!("\nThe guest's time line, bit-exact, with initcall_debug\n");
-        println!("| from the start of the guest's clock to | million instructions |\n|---|---|");
-        for (what, mark) in [
-            ("init", "Run /init.krun"),
-            ("the first virtio device", "virtio_mmio_init"),
-            ("the command", "the command runs"),
-        ] {
-            if let Some(at) = text.lines().find(|l| l.contains(mark)).and_then(stamp) {
-                println!("| {what} | {:.2} |", at * 1e9 / NS_PER_INSTRUCTION / 1e6);
-            }
+        println!(
+            "\nWhere they go, bit-exact, of a run with initcall_debug whose command prints the kernel's log\n"
+        );
+        println!("| part | million instructions |\n|---|---|");
+        for (what, seconds) in parts(&text)? {
+            println!("| {what} | {:.2} |", seconds * 1e9 / NS_PER_INSTRUCTION / 1e6);
         }
         println!("\n| call | million instructions |\n|---|---|");
         for (name, us) in slowest(&text, 15) {
@@ -184,6 +180,33 @@ impl Setup {
         }
         Ok(())
     }
+}
+
+/// The parts of a run in seconds, from what `krun -v` and the guest's kernel have said. The guest's clock starts
+/// shortly after its first instruction; what is before goes to the last part of the guest.
+fn parts(text: &str) -> Result<[(&'static str, f64); 5], String> {
+    let find = |mark: &str, stamp: fn(&str) -> Option<f64>| {
+        let line = text.lines().find(|l| l.contains(mark));
+        line.and_then(stamp).ok_or_else(|| format!("nobody said {mark:?}:\n{text}"))
+    };
+    let [first, last, gone] = [
+        find("the guest's first instruction", uptime)?,
+        find("the guest's last instruction", uptime)?,
+        find("the machine is gone", uptime)?,
+    ];
+    let (init, command) = (find("Run /init.krun", stamp)?, find("the command runs", stamp)?);
+    Ok([
+        ("VMM, before the guest's first instruction", first),
+        ("the guest's kernel, to init", init),
+        ("init, to the command", command - init),
+        ("the command, and the guest's end", last - first - command),
+        ("VMM, after the guest's last instruction", gone - last),
+    ])
+}
+
+/// The time at the beginning of a line of ours, in seconds.
+fn uptime(line: &str) -> Option<f64> {
+    line.split_once("s ")?.0.trim().parse().ok()
 }
 
 /// The time at the beginning of a line of the kernel's log, in seconds.
@@ -295,6 +318,10 @@ mod tests {
         assert_eq!(slowest(log, 1), [("b_init", 120)]);
         assert_eq!(log.lines().last().and_then(stamp), Some(0.4));
         assert_eq!(stamp("no time"), None);
+        let run = "   0.250000000s  INFO krun: the guest's first instruction\n[    1.0] Run /init.krun\n\
+            [    1.5] init: the command runs\n   2.000000000s  INFO krun: the guest's last instruction\n   2.500000000s  INFO krun: the machine is gone\n";
+        assert_eq!(parts(run).unwrap().map(|(_, seconds)| seconds), [0.25, 1.0, 0.5, 0.25, 0.5]);
+        assert!(parts("nothing").is_err());
         assert_eq!(rows("a\t1\nno row\n"), [["a", "1"]]);
     }
 }
