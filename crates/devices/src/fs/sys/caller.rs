@@ -105,6 +105,10 @@ impl Drop for Borrowed<'_> {
         if self.worn {
             set_fsuid(Some(self.caller.uid));
             set_fsgid(Some(self.caller.gid));
+            if self.caller.fixup {
+                // The change back raised or dropped file capabilities, `CAP_FSETID` among them.
+                let _ = rustix::thread::set_capabilities(None, self.caller.effective());
+            }
         }
     }
 }

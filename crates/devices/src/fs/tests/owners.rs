@@ -3,8 +3,10 @@
 use std::fs;
 use std::os::unix::fs::{MetadataExt, PermissionsExt, chown};
 
-use super::client::{Client, ROOT, Set, is_root};
-use crate::fs::abi::{Fattr, WRITE_KILL_SUIDGID};
+use rustix::thread::{CapabilitiesSecureBits, CapabilitySet};
+
+use super::client::{Client, ROOT, Set, is_root, words};
+use crate::fs::abi::{Fattr, OPEN_KILL_SUIDGID, WRITE_KILL_SUIDGID, op};
 
 #[test]
 fn new_files_belong_to_the_guests_user() {
@@ -94,6 +96,37 @@ fn set_id_bits_go_when_the_guest_says_so() {
         c.write(fh, 0, b"x", 0).unwrap();
         assert_eq!(bits(&c), 0o6000);
     }
+}
+
+/// Without `CAP_SETPCAP` the kernel raises the file capabilities whenever a worn identity is taken off.
+#[test]
+fn set_id_bits_go_also_after_an_identity_was_worn_without_setpcap() {
+    if !is_root() {
+        println!("skipped: wearing identities takes root");
+        return;
+    }
+    // Capabilities are a thread's own.
+    std::thread::spawn(|| {
+        let mut bits = rustix::thread::capabilities_secure_bits().unwrap();
+        bits.remove(CapabilitiesSecureBits::NO_SETUID_FIXUP);
+        rustix::thread::set_capabilities_secure_bits(bits).unwrap();
+        let mut caps = rustix::thread::capabilities(None).unwrap();
+        caps.effective.remove(CapabilitySet::SETPCAP);
+        caps.permitted.remove(CapabilitySet::SETPCAP);
+        rustix::thread::set_capabilities(None, caps).unwrap();
+        let mut c = Client::new();
+        let (_, fh) = c.create(ROOT, c"f", libc::O_RDWR, 0o755).unwrap();
+        fs::set_permissions(c.path("f"), fs::Permissions::from_mode(0o6755)).unwrap();
+        // In one request: no privilege for set-id bits, and another identity.
+        (c.uid, c.gid) = (1234, 5678);
+        let body = words(&[(libc::O_RDWR | libc::O_TRUNC) as u32, 0o644, 0, OPEN_KILL_SUIDGID]);
+        c.call(op::CREATE, ROOT, &[&body, b"other\0"]).unwrap();
+        assert_eq!(fs::metadata(c.path("other")).unwrap().uid(), 1234);
+        c.write(fh, 0, b"x", WRITE_KILL_SUIDGID).unwrap();
+        assert_eq!(fs::metadata(c.path("f")).unwrap().mode() & 0o6000, 0);
+    })
+    .join()
+    .unwrap();
 }
 
 #[test]
