@@ -18,6 +18,13 @@ fn host(env: &Env) -> Result<(), Failure> {
     same("killed by TERM", run(env.shell("kill -TERM $$"))?.code, 143)?;
     same("killed by KILL", run(env.shell("kill -KILL $$"))?.code, 137)?;
 
+    // Any user can open a file of the root, and only root says over one how the machine ended.
+    let forge = r#"open(my $f, "<", "/etc/passwd") or die; exit 1 if ioctl($f, 0x7602, 0); exit($!{EPERM} ? 37 : 2)"#;
+    let mut config = env.program("/usr/bin/perl", ["-MErrno", "-e", forge]);
+    config.command.user = Some(("nobody".into(), None));
+    let output = run(config)?;
+    same(&format!("status of a forger: {}", output.err()), output.code, 37)?;
+
     let missing = run(env.program("no-such-program", ["x"]))?;
     same("not found", missing.code, krun::EXIT_NOT_FOUND)?;
     contains("not found", &missing.err(), "no-such-program")?;

@@ -112,7 +112,7 @@ pub struct FsSpec {
     pub read_only: bool,
     /// Virtual files and directories, which hide what the source has under the same names.
     pub overlays: Vec<Overlay>,
-    /// Where the guest's exit status goes (ioctl 0x7602 on any file of the share).
+    /// Where the guest's exit status goes (ioctl 0x7602 of the guest's root user on any file of the share).
     pub exit_code: Option<Arc<ExitCode>>,
     /// Bytes of a window for mapped files. Accepted; there is no window yet.
     pub shm_size: Option<u64>,

@@ -381,7 +381,11 @@ fn the_exit_status_is_reported_once() {
     let mut c = Client::new();
     let ioctl = |cmd: u32, arg: u64| [longs(&[0]), words(&[0, cmd]), longs(&[arg]), words(&[0, 0])].concat();
     assert_eq!(c.call(op::IOCTL, ROOT, &[&ioctl(0x5401, 0)]), Err(libc::ENOTTY));
+    c.uid = 1000;
+    assert_eq!(c.call(op::IOCTL, ROOT, &[&ioctl(0x7602, 1)]), Err(libc::EPERM));
+    assert_eq!(c.call(op::IOCTL, ROOT, &[&ioctl(0x5401, 0)]), Err(libc::ENOTTY));
     assert_eq!(c.exit.get(), None);
+    c.uid = 0;
     assert_eq!(c.call(op::IOCTL, ROOT, &[&ioctl(0x7602, 37)]).unwrap(), [0; 16]);
     c.call(op::IOCTL, ROOT, &[&ioctl(0x7602, 5)]).unwrap();
     assert_eq!(c.exit.get(), Some(37));
