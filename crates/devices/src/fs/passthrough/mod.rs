@@ -9,17 +9,19 @@
 //!
 //! **No side effects of opening.** Only an inode known, from a descriptor that cannot do I/O (`O_PATH`), to
 //! be a regular file or a directory is opened for I/O, through `/proc/self/fd`; device nodes, FIFOs and
-//! sockets belong to the guest's kernel.
+//! sockets belong to the guest's kernel. Nor are files that are a way into the host's kernel, or into this
+//! very process (see `pseudo`).
 
 mod attr;
 mod dir;
 mod file;
 mod names;
+mod pseudo;
 mod stat;
 mod unopened;
 mod xattr;
 
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 use std::ffi::CStr;
 use std::os::fd::OwnedFd;
 use std::sync::Arc;
@@ -94,6 +96,8 @@ pub struct Share {
     read_only: bool,
     reads: Reads,
     devices: HashMap<(u32, u32), Device>,
+    /// Mounts whose files are but files.
+    plain: HashSet<u64>,
 }
 
 /// A file system that was met in the share.
@@ -190,6 +194,7 @@ impl Share {
             read_only,
             reads: Reads::default(),
             devices,
+            plain: HashSet::new(),
         })
     }
 
@@ -412,13 +417,15 @@ impl Share {
     /// Opens `node`, known to be a regular file or directory, for I/O.
     fn reopen(&mut self, node: u64, flags: OFlags) -> Result<OwnedFd> {
         let path = self.fd(node)?;
+        let mut flags = flags | OFlags::CLOEXEC;
+        if !flags.contains(OFlags::DIRECTORY) {
+            let key = self.inodes.host(node)?.id.key;
+            flags |= self.may_open(&key, &path, flags)?;
+        }
         let Self { inodes, fds, reads, .. } = self;
         let name = FdName::new(&path);
-        let mut open = || {
-            to_keep(inodes, |_| {
-                rustix::fs::openat(&*fds, name.as_c_str(), flags | OFlags::CLOEXEC, Mode::empty())
-            })
-        };
+        let mut open =
+            || to_keep(inodes, |_| rustix::fs::openat(&*fds, name.as_c_str(), flags, Mode::empty()));
         match open() {
             Err(Errno::MFILE | Errno::NFILE) if reads.clear() => open(),
             r => r,

@@ -18,8 +18,8 @@ pub struct Stat {
     pub attr: Attr,
 }
 
-/// `STATX_MNT_ID`.
-const MNT_ID: u32 = 0x1000;
+/// `STATX_MNT_ID` and `STATX_MNT_ID_UNIQUE`: ids that are given out again, and (Linux 6.8) ids that are not.
+const MNT_ID: u32 = 0x1000 | 0x4000;
 
 impl Stat {
     /// Of an open descriptor.
@@ -39,7 +39,7 @@ impl Stat {
     }
 
     fn call(fd: &impl AsFd, name: &CStr, flags: AtFlags) -> Result<Self> {
-        let mask = StatxFlags::BASIC_STATS | StatxFlags::BTIME | StatxFlags::MNT_ID;
+        let mask = StatxFlags::BASIC_STATS | StatxFlags::BTIME | StatxFlags::from_bits_retain(MNT_ID);
         Ok(Self::new(&statx(fd, name, flags, mask)?))
     }
 

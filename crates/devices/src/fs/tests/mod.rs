@@ -7,6 +7,7 @@ mod mounts;
 mod ops;
 mod overlays;
 mod owners;
+mod pseudo;
 mod queue;
 mod random;
 mod read_only;

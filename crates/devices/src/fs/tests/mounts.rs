@@ -60,6 +60,29 @@ fn file_systems_below_the_share_are_part_of_it() {
     assert_eq!(c.walk("one/f").err(), Some(libc::ENOENT));
 }
 
+/// The numbers of a device and a mount are given out again: what was learnt of one is not believed of the next.
+#[test]
+fn procfs_in_place_of_another_file_system_is_noticed() {
+    if !can_mount() {
+        return;
+    }
+    let mut c = Client::with(uncached);
+    fs::create_dir(c.path("p")).unwrap();
+    for (kind, file, outcome) in [("tmpfs", "uptime", Ok(())), ("proc", "uptime", Err(libc::EACCES))] {
+        mount(kind, &c.path("p"), "");
+        let mounted = c.path("p");
+        let _mounted = Unmount(&mounted);
+        if kind == "tmpfs" {
+            fs::write(mounted.join(file), "").unwrap();
+        }
+        let (p, f) = (c.walk("p").unwrap().node, c.walk("p/uptime").unwrap().node);
+        let opened = c.open(f, libc::O_RDONLY).map(|(fh, _)| c.release(fh).unwrap());
+        assert_eq!(opened, outcome, "{kind}");
+        c.forget(f, 1);
+        c.forget(p, 2);
+    }
+}
+
 #[test]
 fn a_file_copied_up_stays_the_same_node() {
     if !can_mount() {
