@@ -3,7 +3,8 @@
 //! A node of the host is identified by device, inode number and mount. It is found again, when needed,
 //! through the first of: a cached descriptor, an open handle (see the share), a file handle noted when its
 //! descriptor was evicted, or its parent and name, checked against the identity. So the table may hold
-//! far more nodes than there are descriptors.
+//! far more nodes than there are descriptors. When the guest removes a name, what was there can be found by
+//! none but the first; so such nodes keep their descriptors, as many as are cached at most.
 
 use std::collections::{HashMap, VecDeque};
 use std::ffi::CStr;
@@ -66,6 +67,8 @@ pub struct HostNode {
     /// Which one.
     pub id: Identity,
     fd: Option<Arc<OwnedFd>>,
+    /// A descriptor that is not evicted, for the name is gone.
+    kept: Option<Arc<OwnedFd>>,
     /// Asked for since the clock hand last passed.
     used: bool,
     handle: Option<Box<FileHandle>>,
@@ -128,6 +131,8 @@ pub struct Inodes {
     /// Nodes that hold a descriptor, and some that no longer do, in the order the clock hand passes.
     ring: VecDeque<u64>,
     held: usize,
+    /// Nodes whose descriptor is kept because their name is gone.
+    kept: usize,
     limits: Limits,
     /// A real descriptor on the root's mount, where file handles can be used.
     by_handle: Option<(u64, Arc<OwnedFd>)>,
@@ -142,6 +147,7 @@ impl Inodes {
             next: ROOT + 1,
             ring: VecDeque::new(),
             held: 0,
+            kept: 0,
             limits: Limits { cached: limits.cached.max(1), ..limits },
             by_handle: None,
         };
@@ -178,7 +184,7 @@ impl Inodes {
     /// Number of descriptors held, the root's not counted.
     #[cfg(test)]
     pub fn held(&self) -> usize {
-        self.held
+        self.held + self.kept
     }
 
     /// A node.
@@ -257,6 +263,9 @@ impl Inodes {
 
     /// Notes that node `id` is now `name` in `parent`.
     pub fn place(&mut self, id: u64, parent: u64, name: &CStr) {
+        if self.host_mut(id).is_some_and(|host| host.kept.take().is_some()) {
+            self.kept -= 1;
+        }
         let Some(node) = self.nodes.get(&id) else { return };
         if id == ROOT || (node.parent == parent && *node.name == *name) {
             return;
@@ -334,6 +343,7 @@ impl Inodes {
                     self.by_key.remove(&host.id.key);
                 }
                 self.held -= usize::from(host.fd.is_some());
+                self.kept -= usize::from(host.kept.is_some());
             }
             self.limits.quota.give(1);
             at = parent;
@@ -354,7 +364,20 @@ impl Inodes {
     pub fn cached(&mut self, id: u64) -> Option<Arc<OwnedFd>> {
         let host = self.host_mut(id)?;
         host.used = true;
-        host.fd.clone()
+        host.kept.clone().or_else(|| host.fd.clone())
+    }
+
+    /// Keeps `fd` as the descriptor of `id`, whose name is gone, until it is found under another. Where there
+    /// are too many already, the node may be lost.
+    pub fn keep(&mut self, id: u64, fd: Arc<OwnedFd>) {
+        if self.kept >= self.limits.cached || !self.limits.allow_spare(&fd) {
+            return;
+        }
+        if let Some(host) = self.host_mut(id)
+            && host.kept.replace(fd).is_none()
+        {
+            self.kept += 1;
+        }
     }
 
     /// Opens `id` by the file handle noted earlier.
@@ -433,7 +456,7 @@ impl Inodes {
         self.nodes.clear();
         self.by_key.clear();
         self.ring.clear();
-        self.held = 0;
+        (self.held, self.kept) = (0, 0);
         if let Some(mut root) = root {
             root.children = 0;
             if let What::Host(h) = &mut root.what {
@@ -447,7 +470,7 @@ impl Inodes {
 }
 
 fn host_node(id: Identity) -> HostNode {
-    HostNode { id, fd: None, used: false, handle: None, open: Vec::new(), seen: None }
+    HostNode { id, fd: None, kept: None, used: false, handle: None, open: Vec::new(), seen: None }
 }
 
 #[cfg(test)]

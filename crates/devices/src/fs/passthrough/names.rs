@@ -1,11 +1,13 @@
 //! Names made, moved and removed.
 
 use std::ffi::CStr;
+use std::os::fd::OwnedFd;
+use std::sync::Arc;
 
 use rustix::fs::{AtFlags, FileType, Mode, RenameFlags};
 use rustix::io::Errno;
 
-use super::{Entry, Result, Share, Who};
+use super::{Entry, Result, Share, Who, open_path, with_descriptors};
 use crate::fs::abi::split_dev;
 use crate::fs::sys::FdName;
 
@@ -80,7 +82,25 @@ impl Share {
     pub fn remove(&mut self, parent: u64, name: &CStr, dir: bool) -> Result<()> {
         self.not_overlaid(parent, name, Errno::ROFS)?;
         let fd = self.fd(parent)?;
-        rustix::fs::unlinkat(&fd, name, if dir { AtFlags::REMOVEDIR } else { AtFlags::empty() })
+        let held = self.known(&fd, name);
+        rustix::fs::unlinkat(&fd, name, if dir { AtFlags::REMOVEDIR } else { AtFlags::empty() })?;
+        if let Some((node, fd)) = held {
+            self.inodes.keep(node, fd);
+        }
+        Ok(())
+    }
+
+    /// What is `name` in `dir`, if the guest knows it, to be kept once the name is gone: it may be open there
+    /// without being open here (a FIFO, a socket), or be a process's working directory.
+    fn known(&mut self, dir: &OwnedFd, name: &CStr) -> Option<(u64, Arc<OwnedFd>)> {
+        let fd = with_descriptors(&mut self.inodes, |_| open_path(dir, name)).ok()?;
+        let id = self.stat_fd(&fd).ok()?.id;
+        let node = self.inodes.find(&id)?;
+        // Over a network a file that is held is renamed instead of removed, and its directory could not be.
+        if self.devices.get(&id.key.dev).is_none_or(|d| d.close_tells) {
+            return None;
+        }
+        Some((node, self.inodes.cached(node).unwrap_or_else(|| Arc::new(fd))))
     }
 
     /// Moves or exchanges names.
@@ -96,12 +116,17 @@ impl Share {
         self.not_overlaid(from.0, from.1, Errno::ROFS)?;
         self.not_overlaid(to.0, to.1, Errno::ROFS)?;
         let (old, new) = (self.fd(from.0)?, self.fd(to.0)?);
+        let stays = RenameFlags::NOREPLACE | RenameFlags::EXCHANGE;
+        let replaced = if flags.intersects(stays) { None } else { self.known(&new, to.1) };
         {
             // The whiteout that stays behind is the caller's.
             let whiteout = flags.contains(RenameFlags::WHITEOUT);
             let caller = self.caller()?;
             let _worn = whiteout.then(|| caller.wear(who.uid, who.gid));
             rustix::fs::renameat_with(&old, from.1, &new, to.1, flags)?;
+        }
+        if let Some((node, fd)) = replaced {
+            self.inodes.keep(node, fd);
         }
         // The guest does not look the names up again, so what is found by name later must be noted now.
         if let Ok(st) = self.stat_at(&new, to.1)

@@ -11,5 +11,6 @@ mod pseudo;
 mod queue;
 mod random;
 mod read_only;
+mod removed;
 mod scale;
 mod twin;
