@@ -19,7 +19,8 @@ fn host(env: &Env) -> Result<(), Failure> {
     same("killed by KILL", run(env.shell("kill -KILL $$"))?.code, 137)?;
 
     // Any user can open a file of the root, and only root says over one how the machine ended.
-    let forge = r#"open(my $f, "<", "/etc/passwd") or die; exit 1 if ioctl($f, 0x7602, 0); exit($!{EPERM} ? 37 : 2)"#;
+    let forge =
+        r#"open(my $f, "<", "/etc/passwd") or die; exit 1 if ioctl($f, 0x7602, 0); exit($!{EPERM} ? 37 : 2)"#;
     let mut config = env.program("/usr/bin/perl", ["-MErrno", "-e", forge]);
     config.command.user = Some(("nobody".into(), None));
     let output = run(config)?;

@@ -6,7 +6,7 @@ use std::io::{Read, Seek, SeekFrom, Write};
 use std::os::unix::fs::{FileExt, MetadataExt, PermissionsExt, chown, symlink};
 use std::path::Path;
 
-use crate::harness::{Case, Env, Failure, TempDir, run, same};
+use crate::harness::{Case, Env, Failure, TempDir, contains, run, same};
 use krun::Share;
 
 pub const CASE: Case = Case { name: "files", host, guest };
@@ -16,8 +16,32 @@ fn text(e: impl std::fmt::Display) -> String {
     e.to_string()
 }
 
+/// What is held without being open as a file is: FIFOs, sockets, working directories.
+const REMOVED: &str = r#"exec 2>&1; set -e; mkdir removed; cd removed
+    mkfifo f; exec 3<>f; rm f; echo through >&3; head -n 1 <&3; stat -L -c '%F, %h' /proc/self/fd/3
+    mkfifo f; exec 4<>f; : > g; mv g f; echo replaced >&4; head -n 1 <&4
+    mkdir d; cd d; rmdir ../d; ls -a .; stat -c '%F, %h' .; cd ..
+    perl -MSocket -e 'socket(S, AF_UNIX, SOCK_STREAM, 0) && bind(S, sockaddr_un("s")) or die;
+        mkdir "d"; symlink "x", "l"; open F, ">r"; close F;
+        for ("s", "d", "l", "r") {
+            sysopen(my $h, $_, 010000000 | 0400000) or die "$_: $!"; push @held, $h;
+            ($_ eq "d" ? rmdir : unlink) or die "$_: $!";
+        }
+        for (@held) { @s = stat $_ or die "stat: $!"; printf "%o %d\n", $s[2] & 0170000, $s[3] }'
+    rm f; cd ..; rmdir removed"#;
+
+fn removed(dir: &Path) -> Result<String, String> {
+    let output = std::process::Command::new("/bin/sh")
+        .args(["-c", REMOVED])
+        .current_dir(dir)
+        .output()
+        .map_err(text)?;
+    Ok(format!("{}{}", String::from_utf8_lossy(&output.stdout), output.status))
+}
+
 fn guest(_: &[OsString]) -> Result<u8, String> {
     let dir = Path::new("/media");
+    fs::write(dir.join("removed.txt"), removed(dir)?).map_err(text)?;
     fs::create_dir_all(dir.join("a/b/c")).map_err(text)?;
     fs::write(dir.join("a/b/c/file"), "hello").map_err(text)?;
     fs::hard_link(dir.join("a/b/c/file"), dir.join("link")).map_err(text)?;
@@ -54,6 +78,10 @@ fn host(env: &Env) -> Result<(), Failure> {
     let output = run(config)?.success()?;
     same("extended attribute in the guest", output.out().as_str(), "value")?;
     let at = |name: &str| dir.path().join(name);
+    let native = removed(dir.path())?;
+    contains("removed, on the host", &native, "through\nfifo, 0\nreplaced\n")?;
+    contains("removed, on the host", &native, "exit status: 0")?;
+    same("removed", fs::read_to_string(at("removed.txt"))?.as_str(), native.as_str())?;
     same("contents", fs::read_to_string(at("a/renamed"))?.as_str(), "hello")?;
     let link = fs::metadata(at("link"))?;
     same("owner", (link.uid(), link.gid()), (1234, 5678))?;

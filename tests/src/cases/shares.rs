@@ -27,6 +27,21 @@ fn guest(_: &[OsString]) -> Result<u8, String> {
     if fs::read_to_string("/media/escape").is_ok_and(|t| t == "secret") {
         return Err("a symbolic link left the share".into());
     }
+    // The host's process that serves this machine, as its procfs shows it.
+    let me = fs::read_link("/opt/self").map_err(|e| format!("the host's /proc/self: {e}"))?;
+    let process = Path::new("/opt").join(me);
+    let eacces = rustix::io::Errno::ACCESS.raw_os_error();
+    for name in ["mem", "maps", "environ", "../kmsg", "../version"] {
+        let path = process.join(name);
+        fs::symlink_metadata(&path).map_err(|e| format!("{}: {e}", path.display()))?;
+        want(name, errno(fs::read(&path).map(drop)), eacces)?;
+        want(name, errno(fs::OpenOptions::new().write(true).open(&path).map(drop)), eacces)?;
+    }
+    fs::read_link(process.join("exe")).map_err(|e| format!("exe: {e}"))?;
+    let listed = fs::read_dir(process.join("fd")).map_err(|e| format!("the host's fd: {e}"))?.count();
+    if listed < 3 {
+        return Err(format!("the host's process has {listed} descriptors"));
+    }
     let virtual_file = fs::read("/media/virtual/deep").map_err(|e| format!("overlay: {e}"))?;
     if virtual_file != b"made up".repeat(1000) {
         return Err(format!("the overlay file has {} bytes", virtual_file.len()));
@@ -59,6 +74,7 @@ fn host(env: &Env) -> Result<(), Failure> {
     ];
     let share = Share::new("ro", dir.path());
     config.shares.push(Share { read_only: true, mount: Some("/media".into()), overlays, ..share });
+    config.shares.push(Share { mount: Some("/opt".into()), ..Share::new("proc", "/proc") });
     run(config)?.success()?;
     same("nothing was written", fs::read_dir(dir.path())?.count(), 2)?;
 

@@ -115,6 +115,9 @@ bitflags! {
         const INIT_EXT = 1 << 30;
         /// Files opened with `FOPEN_DIRECT_IO` can be mapped shared.
         const DIRECT_IO_ALLOW_MMAP = 1 << 36;
+        /// The guest may mount a part of the share once more with other owners (mount_setattr(2)): ids in requests
+        /// that make something are those to store, in others there are none.
+        const ALLOW_IDMAP = 1 << 40;
         const _ = !0;
     }
 }

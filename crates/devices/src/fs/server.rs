@@ -355,6 +355,8 @@ impl Server {
         if major < abi::MAJOR || (major == abi::MAJOR && minor < abi::MINOR_MIN) {
             return Err(Errno::PROTO);
         }
+        // The exit status is taken from root alone, so the users of requests must be known.
+        let offered = if self.exit.is_some() { offered - InitFlags::ALLOW_IDMAP } else { offered };
         // A newer major begins again with ours; the rest of the reply does not count then.
         self.share.reset();
         let mut wanted = InitFlags::ASYNC_READ

@@ -381,6 +381,10 @@ fn the_exit_status_is_reported_once() {
     let mut c = Client::new();
     let ioctl = |cmd: u32, arg: u64| [longs(&[0]), words(&[0, cmd]), longs(&[arg]), words(&[0, 0])].concat();
     assert_eq!(c.call(op::IOCTL, ROOT, &[&ioctl(0x5401, 0)]), Err(libc::ENOTTY));
+    // Offered everything, it does not agree to id-mapped mounts, with which users are not told.
+    let all = [7, 41, 1 << 17, u32::MAX, u32::MAX];
+    let agreed = c.call(op::INIT, 0, &[&words(&all), &[0; 44]]).unwrap();
+    assert_eq!(u32_at(&agreed, 32) & 1 << 8, 0);
     c.uid = 1000;
     assert_eq!(c.call(op::IOCTL, ROOT, &[&ioctl(0x7602, 1)]), Err(libc::EPERM));
     assert_eq!(c.call(op::IOCTL, ROOT, &[&ioctl(0x5401, 0)]), Err(libc::ENOTTY));
