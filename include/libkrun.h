@@ -218,10 +218,11 @@ int krun_add_input_device_fd(uint32_t ctx_id, int input_fd);
 #define KRUN_SYNC_RELAXED 1
 #define KRUN_SYNC_FULL 2
 
-/* Adds a disk from an image, a file or a block device; the first one is /dev/vda. block_id is the serial
- * number that the guest sees, at most 20 bytes and another for each disk (-EEXIST). The image is locked
- * while the VM runs: one VM writes to it, or several read it. krun_add_disk and krun_add_disk2 leave out
- * what krun_add_disk3 has: raw, no direct I/O, RELAXED. direct_io goes around the host's page cache. */
+/* Adds a disk from an image, a file or a block device; the first one is /dev/vda. block_id, of any length,
+ * is another for each disk (-EEXIST); its first 20 bytes are the serial number that the guest sees. The
+ * image is locked while the VM runs: one VM writes to it, or several read it. krun_add_disk and
+ * krun_add_disk2 leave out what krun_add_disk3 has: raw, no direct I/O, RELAXED. direct_io goes around the
+ * host's page cache. */
 int32_t krun_add_disk(uint32_t ctx_id, const char *block_id, const char *disk_path, bool read_only);
 int32_t krun_add_disk2(uint32_t ctx_id, const char *block_id, const char *disk_path, uint32_t disk_format,
                        bool read_only);

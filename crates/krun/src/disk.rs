@@ -15,7 +15,8 @@ use crate::{Error, Vm, VmConfig};
 /// The image is locked while the VM lives: one VM writes to it, or several read it.
 #[derive(Debug, Clone)]
 pub struct Disk {
-    /// Serial number that the guest sees (`/dev/disk/by-id/virtio-…` with udev), at most 20 bytes.
+    /// What the disk is called, for [`Vm::refresh_disk`]. Its first 20 bytes are the serial number that the guest
+    /// sees (`/dev/disk/by-id/virtio-…` with udev).
     pub id: String,
     /// The image.
     pub path: PathBuf,

@@ -8,8 +8,6 @@ use krun_api::{Disk, DiskFormat, RootDisk, SyncMode};
 use crate::context::{Context, with};
 use crate::{Answer, EEXIST, EINVAL, args};
 
-/// Longest id of a disk, in bytes.
-const MAX_ID: usize = 20;
 /// Flag of a format: the image may name other files as what it is based on.
 const BACKING: u32 = 0x100;
 /// Ids of the disks of the two older functions.
@@ -117,7 +115,7 @@ pub unsafe extern "C" fn krun_add_disk3(
             _ => return Err(EINVAL),
         };
         let disks = &mut context.disks;
-        if id.len() > MAX_ID || disks.older.iter().any(Option::is_some) {
+        if disks.older.iter().any(Option::is_some) {
             return Err(EINVAL);
         }
         if disks.added.iter().any(|d| d.id == id) {

@@ -113,9 +113,6 @@ impl Block {
     /// # Errors
     /// See [`BlockError`].
     pub fn new(spec: BlockSpec) -> Result<Self, BlockError> {
-        if spec.id.len() > BlockSpec::MAX_ID {
-            return Err(BlockError::Id { id: spec.id });
-        }
         if !(1..=BlockSpec::MAX_QUEUES).contains(&spec.queues) {
             return Err(BlockError::Queues { asked: spec.queues });
         }
@@ -159,7 +156,7 @@ impl Block {
                     let mut writer = chain.writer(cx.memory());
                     let _status = writer.split_at((chain.writable_len() - 1) as usize);
                     let mut id = self.shared.spec.id.clone().into_bytes();
-                    id.resize(BlockSpec::MAX_ID, 0);
+                    id.resize(BlockSpec::SERIAL, 0);
                     id.truncate(writer.remaining());
                     match writer.write_all(&id) {
                         Ok(()) => status::OK,

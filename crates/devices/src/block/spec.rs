@@ -33,7 +33,7 @@ pub enum SyncMode {
 /// A disk.
 #[derive(Debug, Clone)]
 pub struct BlockSpec {
-    /// Serial number that the guest sees, at most 20 bytes.
+    /// What the disk is called. Its first 20 bytes are the serial number that the guest sees.
     pub id: String,
     /// The image: a file or a block device.
     pub path: PathBuf,
@@ -56,8 +56,8 @@ pub struct BlockSpec {
 impl BlockSpec {
     /// Most request queues.
     pub const MAX_QUEUES: u16 = 16;
-    /// Longest id in bytes.
-    pub const MAX_ID: usize = 20;
+    /// Length of a serial number in bytes (virtio 1.2, section 5.2.6).
+    pub const SERIAL: usize = 20;
 }
 
 impl Default for BlockSpec {
@@ -151,12 +151,6 @@ pub enum BlockError {
     VmdkWrite {
         /// The image.
         path: PathBuf,
-    },
-    /// See [`BlockSpec::id`].
-    #[error("disk id {id:?}: at most {} bytes", BlockSpec::MAX_ID)]
-    Id {
-        /// What was given.
-        id: String,
     },
     /// See [`BlockSpec::queues`].
     #[error("{asked} queues: a disk has 1 to {}", BlockSpec::MAX_QUEUES)]
