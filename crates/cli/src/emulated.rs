@@ -97,7 +97,7 @@ fn start(engine: &Engine, mut command: Command, writable: Vec<PathBuf>) -> Resul
     // The signals first: one that still ended this process would leave the terminal raw.
     signals.forward_to(&session);
     // Not earlier: until then Ctrl-C has to be a signal. The terminal may have another size by now.
-    session.resume();
+    session.refresh();
     let status = session.running.wait().map_err(|e| e.to_string());
     // Not left to the last owner, which may be the thread of signals.
     session.raw.iter().for_each(RawTerminal::restore);

@@ -14,10 +14,8 @@ const PATIENCE: u32 = 3;
 pub trait Target: Send + Sync + 'static {
     /// Passes a signal on.
     fn signal(&self, number: i32);
-    /// Passes the terminal's size on.
-    fn resize(&self, columns: u16, rows: u16);
-    /// This process was stopped and goes on: the terminal may have another mode and size.
-    fn resume(&self);
+    /// The terminal may have another size, and after this process was stopped and goes on another mode.
+    fn refresh(&self);
     /// Ends it.
     fn kill(&self);
 }
@@ -26,11 +24,8 @@ impl Target for Vm {
     fn signal(&self, number: i32) {
         Self::signal(self, number);
     }
-    fn resize(&self, columns: u16, rows: u16) {
-        Self::resize(self, columns, rows);
-    }
-    fn resume(&self) {
-        if let Err(e) = self.resume_terminals() {
+    fn refresh(&self) {
+        if let Err(e) = self.refresh_terminals() {
             eprintln!("krun: {e}");
         }
     }
@@ -52,16 +47,14 @@ impl Target for Session {
         // It fails only when there is nobody any more to signal.
         let _ = self.running.signal(number);
     }
-    fn resize(&self, columns: u16, rows: u16) {
-        let _ = self.running.resize(WindowSize { rows, cols: columns });
-    }
-    fn resume(&self) {
+    fn refresh(&self) {
         let Some(raw) = &self.raw else { return };
         if let Err(e) = raw.enter() {
             eprintln!("krun: the terminal cannot be put in raw mode: {e}");
         }
         if let Some(size) = terminal_size(std::io::stdout()) {
-            self.resize(size.cols, size.rows);
+            // As above.
+            let _ = self.running.resize(WindowSize { rows: size.rows, cols: size.cols });
         }
     }
     fn kill(&self) {
@@ -128,12 +121,7 @@ fn arrived(stage: &Mutex<Stage>, signal: i32) {
     };
     let Some(target) = target else { return };
     match signal {
-        SIGWINCH => {
-            if let Some(size) = terminal_size(std::io::stdout()) {
-                target.resize(size.cols, size.rows);
-            }
-        }
-        SIGCONT => target.resume(),
+        SIGWINCH | SIGCONT => target.refresh(),
         _ if insisted < PATIENCE => target.signal(signal),
         _ => target.kill(),
     }

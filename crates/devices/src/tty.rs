@@ -1,13 +1,15 @@
 //! The host's terminal: its size, and raw mode that is always undone.
 //!
-//! No signal handler is installed here. A program that wants to follow `SIGWINCH` asks [`size`] and tells
-//! the console; one that was stopped and goes on (`SIGCONT`) calls [`RawTerminal::enter`] again.
+//! No signal handler is installed here: whoever has a terminal looks now and then whether it has another size, and
+//! calls [`RawTerminal::enter`] again, which does nothing where nothing is to be done.
 
 use std::io;
 use std::os::fd::{AsFd, OwnedFd};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
-use rustix::termios::{OptionalActions, Termios, isatty, tcgetattr, tcgetpgrp, tcgetwinsize, tcsetattr};
+use rustix::termios::{
+    OptionalActions, SpecialCodeIndex, Termios, isatty, tcgetattr, tcgetpgrp, tcgetwinsize, tcsetattr,
+};
 
 use crate::console::TerminalSize;
 use crate::sys::signals;
@@ -74,7 +76,10 @@ impl RawTerminal {
             raw.make_raw();
             *state = State::Raw { before: Box::new(before), raw: Box::new(raw) };
         }
-        if let State::Raw { raw, .. } = &*state { self.set(raw) } else { Ok(()) }
+        match &*state {
+            State::Raw { raw, .. } if !same_mode(&tcgetattr(&self.fd)?, raw) => self.set(raw),
+            _ => Ok(()),
+        }
     }
 
     /// Puts the terminal back exactly as it was, for good.
@@ -88,11 +93,6 @@ impl RawTerminal {
             // A terminal that is gone cannot be restored and needs no restoring.
             let _ = self.set(&before);
         }
-    }
-
-    /// Whether another process group has it in the foreground.
-    pub fn is_in_background(&self) -> bool {
-        in_background(&self.fd)
     }
 
     /// Its size, if it has one.
@@ -110,6 +110,14 @@ impl RawTerminal {
         signals::with_blocked(libc::SIGTTOU, || tcsetattr(&self.fd, OptionalActions::Now, mode))?;
         Ok(())
     }
+}
+
+/// Whether two modes are the same in what raw mode is about.
+fn same_mode(a: &Termios, b: &Termios) -> bool {
+    let flags = |t: &Termios| (t.input_modes, t.output_modes, t.control_modes, t.local_modes);
+    let wait =
+        |t: &Termios| (t.special_codes[SpecialCodeIndex::VMIN], t.special_codes[SpecialCodeIndex::VTIME]);
+    flags(a) == flags(b) && wait(a) == wait(b)
 }
 
 impl Drop for RawTerminal {

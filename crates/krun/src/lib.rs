@@ -21,7 +21,7 @@
 //! on such a file are lost when the guest closes it, as fcntl(2) tells; open file description locks (`F_OFD_SETLK`) stay.
 //!
 //! A terminal that was given to the guest is in raw mode while the machine runs and is restored when it
-//! ends, in whatever way.
+//! ends, in whatever way; the guest follows its size. No signal handler is installed for this.
 
 mod assemble;
 mod command;

@@ -157,27 +157,26 @@ impl Vm {
         }
     }
 
-    /// Tells the guest the size of its terminals, in characters.
-    pub fn resize(&self, columns: u16, rows: u16) {
-        for console in &self.consoles {
-            console.resize(0, columns, rows);
-        }
+    /// Tells the guest the size, in characters, of a terminal whose size this host does not know: a
+    /// [`Port::Terminal`](crate::Port::Terminal) on a socket, say. `console` is its place in [`VmConfig::consoles`], `port` that in
+    /// the console's list (0 for [`Console::Standard`](crate::Console::Standard)). Terminals of this host are followed without
+    /// this. False when there is no such port, or it is no terminal.
+    pub fn resize(&self, console: usize, port: usize, columns: u16, rows: u16) -> bool {
+        self.consoles.get(console).is_some_and(|c| c.resize(port, columns, rows))
     }
 
-    /// Puts the host's terminals in raw mode again, reads from them, and tells the guest their size, after this
-    /// process was stopped and goes on (`SIGCONT`): the shell has used them in between.
+    /// Looks at the host's terminals now: the guest is told a new size, and they are put in raw mode again if the
+    /// shell has used them in between. For programs that handle `SIGWINCH` and `SIGCONT`; without this it is done twice a
+    /// second.
     ///
     /// # Errors
     /// [`Error::Terminal`].
-    pub fn resume_terminals(&self) -> Result<(), Error> {
+    pub fn refresh_terminals(&self) -> Result<(), Error> {
         for console in &self.consoles {
             console.refresh();
         }
-        self.enter_raw_mode()?;
-        for size in self.terminals.iter().filter_map(|t| t.size()) {
-            self.resize(size.cols, size.rows);
-        }
-        Ok(())
+        // A guest that has not found its consoles yet looks at nothing.
+        self.enter_raw_mode()
     }
 
     fn enter_raw_mode(&self) -> Result<(), Error> {

@@ -116,10 +116,10 @@ fn host(env: &Env) -> Result<(), Failure> {
     screen.wait_for("prompt> ")?;
     typed("stty size\n")?;
     screen.wait_for("33 77")?;
-    vm.resize(101, 44);
-    std::thread::sleep(Duration::from_millis(300));
-    typed("stty size\n")?;
-    screen.wait_for("44 101")?;
+    // Nobody says so to the library.
+    tcsetwinsize(&pty.master, Winsize { ws_row: 44, ws_col: 101, ws_xpixel: 0, ws_ypixel: 0 })?;
+    typed("until stty size | grep '44 101'; do sleep 0.1; done\n")?;
+    screen.wait_for("44 101\r\n")?;
     // Ctrl-C ends the foreground job, not the shell.
     typed("sleep 1000\n")?;
     std::thread::sleep(Duration::from_millis(700));

@@ -23,8 +23,9 @@ const CONTROL_TX: usize = 3;
 const WAKE: u64 = 0;
 /// Token of the timer.
 const RETRY: u64 = 1 << 16;
-/// Time after which a terminal that was in the background is tried again. A shell tells a job that it is
-/// in the foreground only if it was stopped.
+/// Time after which terminals are looked at again: their size and mode, and whether one that was in the background
+/// can be read. A library cannot handle signals, and a shell tells a job that it is in the foreground only if it was
+/// stopped.
 const RETRY_AFTER: Duration = Duration::from_millis(500);
 /// Messages of the driver handled before others have their turn.
 const CONTROL_BUDGET: usize = 64;
@@ -77,7 +78,7 @@ pub struct ConsoleHandle {
 
 impl ConsoleHandle {
     /// Tells the guest the new size of the terminal at console port `port`: columns and rows. False when
-    /// there is no such port, or it is no terminal.
+    /// there is no such port, or it is no terminal. Not needed for a [`PortSpec::terminal`](super::PortSpec::terminal).
     pub fn resize(&self, port: usize, cols: u16, rows: u16) -> bool {
         let console = self.consoles.get(port).is_some_and(|c| *c);
         if console {
@@ -87,8 +88,8 @@ impl ConsoleHandle {
         console
     }
 
-    /// Looks at once for input from terminals that this process could not read from the background, as
-    /// when it is continued in the foreground. Without this they are tried twice a second.
+    /// Looks at once at the size and mode of terminals, and for input from those that this process could not read
+    /// from the background. Without this it is done twice a second.
     pub fn refresh(&self) {
         self.shared.refresh.store(true, Ordering::Release);
         self.shared.wake.wake();
@@ -220,25 +221,25 @@ impl Console {
         self.take(id, tokens(id).0, news, cx)
     }
 
-    /// Tries terminals again that were in the background.
-    fn retry(&mut self, cx: &mut Cx<'_>) -> Result<(), DeviceError> {
-        for id in 0..self.ports.len() {
-            // Its size may have changed meanwhile.
-            if let Some(size) = self.ports[id].unpark()
-                && self.shared.size(id) != Some(size)
-            {
+    /// Looks at the mode and size of terminals.
+    fn look(&mut self) {
+        for (id, port) in self.ports.iter_mut().enumerate() {
+            if let Some(size) = port.look() {
                 self.shared.set_size(id, size);
                 self.shared.wake.wake();
             }
-            self.input(id, cx)?;
         }
-        Ok(())
     }
 
-    /// Sets the timer if a terminal is in the background, unless it is set: a console that is busy otherwise
-    /// must not put it off.
-    fn wait_for_foreground(&mut self, cx: &Cx<'_>) -> Result<(), DeviceError> {
-        if self.timing || !self.ports.iter().any(Port::is_parked) {
+    /// The same, and tries those again that were in the background.
+    fn retry(&mut self, cx: &mut Cx<'_>) -> Result<(), DeviceError> {
+        self.look();
+        (0..self.ports.len()).try_for_each(|id| self.input(id, cx))
+    }
+
+    /// Sets the timer if there is a terminal, unless it is set: a console that is busy otherwise must not put it off.
+    fn look_again_later(&mut self, cx: &Cx<'_>) -> Result<(), DeviceError> {
+        if self.timing || !self.ports.iter().any(Port::has_terminal) {
             return Ok(());
         }
         let fail = |source| DeviceError::Host { what: "setting the console's timer".into(), source };
@@ -312,7 +313,7 @@ impl Console {
     /// After every callback.
     fn finish(&mut self, cx: &mut Cx<'_>) -> Result<(), DeviceError> {
         self.tell(cx)?;
-        self.wait_for_foreground(cx)
+        self.look_again_later(cx)
     }
 
     /// Tells a driver without the control protocol when the size in the configuration is not the one it may
@@ -402,6 +403,7 @@ impl VirtioDevice for Console {
         signals::block(libc::SIGPIPE);
         self.multiport = cx.has_feature(F_MULTIPORT);
         let shared = Arc::clone(&self.shared);
+        self.look();
         self.tell_size(cx);
         self.control = Control::new(self.facts.iter().cloned(), |id| shared.size(id));
         cx.watch(&self.shared.wake, WAKE, Interest::Read)
@@ -411,7 +413,7 @@ impl VirtioDevice for Console {
             let news = self.ports[0].opened(cx)?;
             self.take(0, tokens(0).0, news, cx)?;
         }
-        Ok(())
+        self.look_again_later(cx)
     }
 
     fn on_queue(&mut self, queue: usize, cx: &mut Cx<'_>) -> Result<(), DeviceError> {

@@ -143,6 +143,9 @@ fn available(r: &PipeReader) -> u64 {
 #[path = "output_tests.rs"]
 mod output;
 
+#[path = "terminal_tests.rs"]
+mod terminal;
+
 #[test]
 fn facts_and_configuration() {
     let (stdin, _w) = input("in");
@@ -521,92 +524,4 @@ fn the_driver_notifies_for_half_a_ring_not_for_each_buffer() {
     assert!(got.chunks(data.len()).all(|part| part == data));
     g.poll();
     assert_eq!(g.events(), [(0, PORT_OPEN, 0)]);
-}
-
-/// A process whose terminal has another group in the foreground neither reads nor spins nor stops.
-#[test]
-fn a_terminal_in_the_background_waits() {
-    use crate::sys::signals;
-    use crate::tty::{RawTerminal, in_background};
-    use rustix::termios::{OptionalActions, Winsize, tcgetattr, tcsetattr, tcsetwinsize};
-    use std::os::unix::process::CommandExt;
-    use std::process::Command;
-    const CHILD: &str = "KRUN_TEST_BACKGROUND";
-    if std::env::var_os(CHILD).is_none() {
-        // A session of one's own is needed, so a process.
-        let me = std::env::current_exe().unwrap();
-        let name = "console::device::tests::a_terminal_in_the_background_waits";
-        let out = Command::new(me).args([name, "--exact", "--nocapture"]).env(CHILD, "1").output().unwrap();
-        assert!(out.status.success(), "{}: {}", out.status, String::from_utf8_lossy(&out.stderr));
-        return;
-    }
-    rustix::process::setsid().unwrap();
-    let (theirs, _) = pty();
-    let name = rustix::pty::ptsname(&theirs, Vec::new()).unwrap();
-    // Without O_NOCTTY this becomes the session's terminal.
-    use rustix::fs::{Mode, OFlags};
-    let mine = rustix::fs::open(name, OFlags::RDWR | OFlags::CLOEXEC, Mode::empty()).unwrap();
-    assert!(!in_background(&mine));
-    let mut other = Command::new("sleep").arg("60").process_group(0).spawn().unwrap();
-    let set_foreground = |group| {
-        signals::with_blocked(libc::SIGTTOU, || rustix::termios::tcsetpgrp(&mine, group)).unwrap();
-    };
-    set_foreground(rustix::process::Pid::from_child(&other));
-    assert!(in_background(&mine));
-    let mode = || format!("{:?}", tcgetattr(&mine).unwrap());
-    let (before, cooked) = (mode(), tcgetattr(&mine).unwrap());
-    let terminal = Arc::new(RawTerminal::new(&mine).unwrap().unwrap());
-    terminal.enter().unwrap();
-    assert_eq!(mode(), before, "it is another's");
-    signals::block(libc::SIGTTIN);
-    let spec = PortSpec::console(Some(mine.try_clone().unwrap()), None, None);
-    let spec = PortSpec { terminal: Some(Arc::clone(&terminal)), ..spec };
-    let c = Console::new(ConsoleSpec { ports: vec![spec] }).unwrap();
-    let handle = c.handle();
-    let mut g = Guest::of(c);
-    g.boot();
-    let mut keys = File::from(theirs);
-    keys.write_all(b"hello\n").unwrap();
-    for _ in 0..2 {
-        assert_eq!(g.poll(), 0, "no spinning");
-        assert!(g.receive(0, true).is_empty());
-        assert!(g.told().is_empty(), "no hang-up");
-        assert_eq!(g.h.poll(SOON).unwrap(), 1, "but a try now and then");
-    }
-    tcsetwinsize(&keys, Winsize { ws_row: 21, ws_col: 67, ws_xpixel: 0, ws_ypixel: 0 }).unwrap();
-    set_foreground(rustix::process::getpgrp());
-    handle.refresh();
-    g.poll();
-    assert_eq!(g.receive(0, true), b"hello\n");
-    let raw = mode();
-    assert_ne!(raw, before);
-    g.poll();
-    assert_eq!(g.events(), [(0, RESIZE, 0)]);
-    // Another job's turn, for which the shell has its own mode.
-    set_foreground(rustix::process::Pid::from_child(&other));
-    signals::with_blocked(libc::SIGTTOU, || tcsetattr(&mine, OptionalActions::Now, &cooked)).unwrap();
-    keys.write_all(b"again\n").unwrap();
-    g.h.poll(SOON).unwrap();
-    assert!(g.receive(0, true).is_empty());
-    set_foreground(rustix::process::getpgrp());
-    // Output that never pauses does not put the next try off.
-    let (start, mut got) = (std::time::Instant::now(), Vec::new());
-    while got.is_empty() && start.elapsed() < SOON {
-        g.send(0, b"busy");
-        assert!(g.sent(0));
-        g.poll();
-        got = g.receive(0, true);
-        std::thread::sleep(RETRY_AFTER / 20);
-    }
-    assert_eq!(got, b"again\n");
-    assert_eq!(mode(), raw, "without being told");
-    terminal.restore();
-    assert_eq!(mode(), before);
-    // Late by now, and for nobody.
-    g.h.poll(SOON.min(2 * RETRY_AFTER)).unwrap();
-    assert_eq!(g.poll(), 0);
-    other.kill().unwrap();
-    other.wait().unwrap();
-    // The end of the master would hang this session up.
-    std::process::exit(0);
 }

@@ -56,6 +56,10 @@ pub struct Port {
     input: Option<Stream>,
     output: Option<Stream>,
     terminal: Option<Arc<RawTerminal>>,
+    /// The terminal's size when it was last looked at.
+    seen: Option<TerminalSize>,
+    /// No raw mode, and that was said.
+    cooked: bool,
     /// The end of the VM waits for the output.
     waited_for: bool,
     /// Open in the guest: a closed port throws away what it gets.
@@ -92,17 +96,27 @@ impl Port {
     /// A port that no driver has seen yet.
     pub fn new(id: usize, spec: PortSpec) -> Self {
         let console = spec.is_console();
-        Self {
+        let mut port = Self {
             id,
             console,
             input: spec.input.map(|fd| Stream::new(fd, Direction::Input)),
             output: spec.output.map(|fd| Stream::new(fd, Direction::Output)),
             terminal: spec.terminal,
+            seen: None,
+            cooked: false,
             waited_for: spec.waited_for,
             open: false,
             rx: Rx::default(),
             tx: Tx::default(),
-        }
+        };
+        port.seen = port.terminal_size();
+        port
+    }
+
+    /// The size of the terminal that shows the output, else of the one that gives input.
+    fn terminal_size(&self) -> Option<TerminalSize> {
+        let output = self.output.as_ref().and_then(crate::tty::size);
+        output.or_else(|| self.terminal.as_ref()?.size())
     }
 
     /// Whether anything is on the host's side.
@@ -134,21 +148,25 @@ impl Port {
         self.watch_input(cx, false)
     }
 
-    /// Whether the terminal is in the background.
-    pub fn is_parked(&self) -> bool {
-        self.rx.parked
+    /// Whether there is a terminal that may change under way.
+    pub fn has_terminal(&self) -> bool {
+        self.rx.parked || (self.terminal.is_some() && !self.tx.dead)
     }
 
-    /// The process is in the foreground again, perhaps. Returns the size that its terminal then has.
-    pub fn unpark(&mut self) -> Option<TerminalSize> {
-        if !std::mem::take(&mut self.rx.parked) {
-            return None;
+    /// Sees to it that the terminal is raw, should it be in the foreground, and will try to read it again. Returns its
+    /// size if that is another than when this was last called.
+    pub fn look(&mut self) -> Option<TerminalSize> {
+        self.rx.parked = false;
+        let terminal = self.terminal.as_ref().filter(|_| !self.tx.dead)?;
+        match terminal.enter() {
+            Ok(()) => self.cooked = false,
+            Err(e) if !std::mem::replace(&mut self.cooked, true) => {
+                tracing::warn!("console port {}: no raw mode: {e}", self.id);
+            }
+            Err(_) => {}
         }
-        let terminal = self.terminal.as_ref().filter(|t| !t.is_in_background())?;
-        if let Err(e) = terminal.enter() {
-            tracing::warn!("console port {}: no raw mode: {e}", self.id);
-        }
-        terminal.size()
+        let size = self.terminal_size();
+        if std::mem::replace(&mut self.seen, size) == size { None } else { size }
     }
 
     /// Stops all traffic: input is left where it is, output is thrown away.

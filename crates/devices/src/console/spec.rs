@@ -53,7 +53,8 @@ pub struct PortSpec {
     /// The end of the VM waits until all output has been taken. Not to be set where the one who takes it
     /// is this process, and looks only after the end: a guest that fills the port would keep the VM for ever.
     pub waited_for: bool,
-    /// The terminal of a console, to be in raw mode whenever this process has it in the foreground.
+    /// The terminal of a console: in raw mode whenever this process has it in the foreground, and the guest is told
+    /// when its size changes.
     pub terminal: Option<Arc<RawTerminal>>,
 }
 
