@@ -130,8 +130,10 @@ int32_t krun_add_virtiofs4(uint32_t ctx_id, const char *tag, const char *path, u
                            bool read_only, uint32_t semantics);
 
 /* A file that exists in a share only for the guest. `data` is borrowed until the VM has ended. `path` is
- * relative to the share; its parent exists there or was added before (-ENOENT, -ENOTDIR). With
- * `one_shot` it disappears once it was opened and closed. */
+ * relative to the share; its parent exists there or was added before (-ENOENT, -ENOTDIR). In
+ * KRUN_FS_ROOT_TAG it can be added before the root is set, if none of the root's directories is its parent;
+ * with a root disk it is in what init starts from, not on the disk. With `one_shot` it disappears once it
+ * was opened and closed. */
 int32_t krun_fs_add_overlay_file(uint32_t ctx_id, const char *fs_tag, const char *path, const uint8_t *data,
                                  size_t data_len, uint32_t mode, bool one_shot);
 

@@ -55,9 +55,9 @@ impl Context {
         self.shares.iter_mut().find(|s| s.tag == tag).ok_or(ENOENT)
     }
 
-    /// Whether a root was given.
+    /// Whether a root directory was given. The implicit one has none behind it.
     pub fn has_root(&self) -> bool {
-        self.shares.iter().any(|s| s.tag == ROOT_TAG)
+        self.shares.iter().any(|s| s.tag == ROOT_TAG && s.source.is_some())
     }
 }
 

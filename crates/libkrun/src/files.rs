@@ -17,11 +17,18 @@ fn add_share(context: &mut Context, share: Share) -> Answer<()> {
     if share.tag.is_empty() || share.tag.len() > MAX_TAG {
         return Err(EINVAL);
     }
-    let second_root = share.tag == ROOT_TAG && context.disks.has_root();
-    if second_root || context.shares.iter().any(|s| s.tag == share.tag) {
+    if share.tag == ROOT_TAG && context.disks.has_root() {
         return Err(EEXIST);
     }
-    context.shares.push(share);
+    match context.share(&share.tag) {
+        // What was put into the implicit root goes into this one.
+        Ok(root) if root.source.is_none() => {
+            let overlays = std::mem::take(&mut root.overlays);
+            *root = Share { overlays, ..share };
+        }
+        Ok(_) => return Err(EEXIST),
+        Err(_) => context.shares.push(share),
+    }
     Ok(())
 }
 
@@ -108,8 +115,8 @@ fn check_parent(share: &Share, path: &Path) -> Answer<()> {
 }
 
 fn add_overlay(context: &mut Context, tag: &str, overlay: Overlay) -> Answer<()> {
-    // The implicit root is empty and exists as soon as something is put there.
-    if tag == ROOT_TAG && !context.has_root() {
+    // The implicit root is empty and exists as soon as something is put there; another may still take its place.
+    if tag == ROOT_TAG && context.share(tag).is_err() {
         context.shares.push(Share { source: None, ..Share::root("") });
     }
     let share = context.share(tag)?;

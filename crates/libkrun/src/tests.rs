@@ -164,6 +164,50 @@ fn there_is_one_root_and_overlays_need_their_parents() {
 }
 
 #[test]
+fn the_root_may_be_set_after_what_is_put_into_it() {
+    let (tag, path, device) = (c(krun_api::ROOT_TAG), c("/tmp"), c("/dev/vda"));
+    let (directory, file) = (c("virtual"), c("virtual/file"));
+    let (tag, path) = (tag.as_ptr(), path.as_ptr());
+    let set_root = |ctx, way| {
+        // SAFETY: the strings live to the end of the test.
+        unsafe {
+            match way {
+                0 => krun_set_root(ctx, path),
+                1 => krun_add_virtiofs3(ctx, tag, path, 0, true),
+                2 => krun_set_root_disk_remount(ctx, device.as_ptr(), null(), null()),
+                _ => krun_set_root_disk(ctx, path),
+            }
+        }
+    };
+    for way in 0..4 {
+        let ctx = context();
+        // SAFETY: as above.
+        unsafe {
+            assert_eq!(krun_fs_add_overlay_dir(ctx, tag, directory.as_ptr(), 0o755), 0);
+            assert_eq!(krun_fs_add_overlay_file(ctx, tag, file.as_ptr(), null(), 0, 0o644, false), 0);
+        }
+        assert_eq!(set_root(ctx, way), 0, "{way}");
+        let (again, disk) = (set_root(ctx, 0), set_root(ctx, 2));
+        // The older root disk gives way to a root directory.
+        assert_eq!(again, if way == 3 { 0 } else { -libc::EEXIST }, "{way}");
+        assert_eq!(disk, -libc::EEXIST, "{way}");
+        let mut context = remove(ctx).unwrap();
+        let (_, root_disk) = context.disks.take(context.has_root());
+        assert_eq!(root_disk.is_some(), way == 2, "{way}");
+        let [share] = &context.shares[..] else { panic!("{way}: {:?}", context.shares) };
+        let seen = (share.overlays.len(), share.source.is_some(), share.read_only);
+        assert_eq!(seen, (2, way != 2, way == 1), "{way}");
+    }
+    // Without a root directory the older disk is the root, whatever was put beside it.
+    let ctx = context();
+    // SAFETY: as above.
+    assert_eq!(unsafe { krun_fs_add_overlay_dir(ctx, tag, directory.as_ptr(), 0o755) }, 0);
+    assert_eq!(set_root(ctx, 3), 0);
+    let mut context = remove(ctx).unwrap();
+    assert!(context.disks.take(context.has_root()).1.is_some());
+}
+
+#[test]
 fn disks_are_told_apart_and_there_is_one_root() {
     let ctx = context();
     let (id, other, path) = (c("a"), c("b"), c("/tmp/disk"));
