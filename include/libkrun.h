@@ -118,7 +118,8 @@ int32_t krun_check_nested_virt(void);
 int32_t krun_set_root(uint32_t ctx_id, const char *root_path);
 
 /* A host directory as a virtio-fs share under `tag` (1 to 36 bytes). The tag KRUN_FS_ROOT_TAG makes it
- * the root. `shm_size`: bytes of DAX window, 0 for none. */
+ * the root. `shm_size` is meant for a DAX window, which this version does not have: any value is accepted and
+ * nothing comes of it, so that the guest reads through its own page cache. */
 int32_t krun_add_virtiofs(uint32_t ctx_id, const char *tag, const char *path);
 int32_t krun_add_virtiofs2(uint32_t ctx_id, const char *tag, const char *path, uint64_t shm_size);
 int32_t krun_add_virtiofs3(uint32_t ctx_id, const char *tag, const char *path, uint64_t shm_size,
@@ -328,6 +329,9 @@ int32_t krun_get_shutdown_eventfd(uint32_t ctx_id);
 int32_t krun_start_enter(uint32_t ctx_id);
 
 /* ---------------------------------------------- Not served by this version */
+
+/* Beside these functions: the DAX window of krun_add_virtiofs2 to 4, which is ignored, and the TSI features of
+ * krun_add_vsock, which are -ENOTSUP. KRUN_FS_SEMANTICS_SIMPLIFIED is served as COMPLETE. */
 
 int32_t krun_set_mapped_volumes(uint32_t ctx_id, const char *const mapped_volumes[]); /* always -EINVAL */
 

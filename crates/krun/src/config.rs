@@ -105,7 +105,7 @@ pub struct Share {
     pub source: Option<PathBuf>,
     /// The guest cannot change it.
     pub read_only: bool,
-    /// Bytes of DAX window.
+    /// Bytes of DAX window. There is none yet, and this has no effect.
     pub shm_size: Option<u64>,
     /// Files and directories that only the guest sees.
     pub overlays: Vec<Overlay>,
