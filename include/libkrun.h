@@ -163,7 +163,9 @@ int32_t krun_get_default_init(const uint8_t **data_out, size_t *len_out);
 /* Leaves /init.krun to the caller (a file of the root, or an overlay file). */
 int32_t krun_disable_implicit_init(uint32_t ctx_id);
 
-/* User and group that this process takes on just before the VM starts. */
+/* User and group that this process takes on just before the VM starts. Where root takes on a user, it leaves its
+ * supplementary groups too, unless the user namespace forbids that. The kernel bundle is loaded by then;
+ * /dev/kvm, the root and all other files are opened as that user. */
 int32_t krun_setuid(uint32_t ctx_id, uid_t uid);
 int32_t krun_setgid(uint32_t ctx_id, gid_t gid);
 

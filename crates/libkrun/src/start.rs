@@ -104,16 +104,35 @@ fn config(context: &mut Context) -> Answer<api::VmConfig> {
     })
 }
 
-/// Takes on the group, then the user, that the caller asked for.
+fn check(result: libc::c_int, what: &str) -> Answer<()> {
+    if result == 0 {
+        return Ok(());
+    }
+    let e = std::io::Error::last_os_error();
+    tracing::error!("{what}: {e}");
+    Err(errno(&e))
+}
+
+/// Leaves all groups but `gid`. A user namespace may forbid it (user_namespaces(7)), so that nobody gets rid of a group
+/// by which something is refused to him; there the groups stay.
+fn leave_groups(gid: libc::gid_t) -> Answer<()> {
+    // SAFETY: one group, and a place that holds one.
+    let result = unsafe { libc::setgroups(1, &raw const gid) };
+    if result != 0 && std::fs::read("/proc/self/setgroups").is_ok_and(|s| s.starts_with(b"deny")) {
+        tracing::warn!("this user namespace does not let go of supplementary groups: they stay");
+        return Ok(());
+    }
+    check(result, "setgroups")
+}
+
+/// Takes on the group, then the user, that the caller asked for. The functions of the C library do so in all of its
+/// threads.
 fn drop_identity(context: &Context) -> Answer<()> {
-    let check = |result: libc::c_int, what: &str| {
-        if result == 0 {
-            return Ok(());
-        }
-        let e = std::io::Error::last_os_error();
-        tracing::error!("{what}: {e}");
-        Err(errno(&e))
-    };
+    // SAFETY: neither passes memory.
+    let (is_root, own_gid) = unsafe { (libc::geteuid() == 0, libc::getegid()) };
+    if context.uid.is_some() && is_root {
+        leave_groups(context.gid.unwrap_or(own_gid))?;
+    }
     if let Some(gid) = context.gid {
         // SAFETY: no memory is passed.
         check(unsafe { libc::setgid(gid) }, "setgid")?;
