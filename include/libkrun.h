@@ -327,7 +327,9 @@ int32_t krun_get_shutdown_eventfd(uint32_t ctx_id);
 
 /* Consumes the context and runs the VM. Returns only when it could not start; otherwise the process
  * ends with the workload's exit status: its code, 128 + the signal that killed it, 125 when the guest
- * could not be set up, 126 when the program cannot be executed, 127 when it does not exist. */
+ * could not be set up, 126 when the program cannot be executed, 127 when it does not exist. It ends as by
+ * _exit(): no handlers of atexit() run, and streams are not flushed, which a program that has written to
+ * them does before. */
 int32_t krun_start_enter(uint32_t ctx_id);
 
 /* ---------------------------------------------- Not served by this version */

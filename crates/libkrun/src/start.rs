@@ -207,10 +207,11 @@ fn enter(mut context: Context) -> Answer {
             api::EXIT_SETUP
         }
     };
-    // The VM's threads are joined and the terminal is as it was: `exit` runs the caller's own handlers
-    // and flushes its streams.
+    // The VM's threads are joined, its sockets removed and the terminal is as it was. Not `exit`: most callers are
+    // the child of a fork, with copies of their parent's unwritten output and of its handlers, which are the
+    // parent's to write and to run. Programs of the 1.x library know it so.
     // SAFETY: ends the process, as the header says.
-    unsafe { libc::exit(status) }
+    unsafe { libc::_exit(status) }
 }
 
 #[unsafe(no_mangle)]
