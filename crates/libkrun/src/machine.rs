@@ -117,9 +117,9 @@ pub extern "C" fn krun_get_max_vcpus() -> i32 {
 
 /// Highest feature number of the header.
 const LAST_FEATURE: u64 = 11;
-const FEATURE_INPUT: u64 = 6;
 const FEATURE_NET: u64 = 0;
 const FEATURE_BLK: u64 = 1;
+const FEATURE_INPUT: u64 = 4;
 const FEATURE_INIT_BLOB: u64 = 11;
 
 #[unsafe(no_mangle)]
