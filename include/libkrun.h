@@ -177,8 +177,8 @@ int32_t krun_set_console_output(uint32_t ctx_id, const char *filepath);
 /* Starts without the console on descriptors 0, 1 and 2 that a VM has otherwise. */
 int32_t krun_disable_implicit_console(uint32_t ctx_id);
 
-/* A console on three descriptors (-1 for none). Terminals become the guest's hvc console; others reach
- * the workload as its standard streams. */
+/* A console on three descriptors (-1 for none). Terminals become the guest's hvc console, as a terminal port has it
+ * below; others reach the workload as its standard streams. */
 int32_t krun_add_virtio_console_default(uint32_t ctx_id, int input_fd, int output_fd, int err_fd);
 
 /* A serial port (ttyS0) on two descriptors (-1 for none). */
@@ -187,10 +187,11 @@ int32_t krun_add_serial_console_default(uint32_t ctx_id, int input_fd, int outpu
 /* An empty console device; returns its id for the two calls below. */
 int32_t krun_add_virtio_console_multiport(uint32_t ctx_id);
 
-/* A terminal port, resized with the terminal. */
+/* A terminal port; `name` may be NULL. This process's terminal is raw while it is in the foreground, and the guest follows
+ * its size. Both are looked at twice a second, so that no signal handler is needed. */
 int32_t krun_add_console_port_tty(uint32_t ctx_id, uint32_t console_id, const char *name, int tty_fd);
 
-/* A byte stream port, found in the guest by its name (-1: no such direction). */
+/* A byte stream port, found in the guest by its name, which is not empty (-1: no such direction). */
 int32_t krun_add_console_port_inout(uint32_t ctx_id, uint32_t console_id, const char *name, int input_fd,
                                     int output_fd);
 

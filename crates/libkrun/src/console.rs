@@ -113,7 +113,10 @@ pub unsafe extern "C" fn krun_add_console_port_inout(
 ) -> i32 {
     add_port(ctx_id, console_id, || {
         // SAFETY: the header asks for a string.
-        let name = if name.is_null() { String::new() } else { unsafe { args::text(name) }? };
+        let name = unsafe { args::text(name) }?;
+        if name.is_empty() {
+            return Err(EINVAL);
+        }
         Ok(Port::Stream {
             name,
             input: descriptor_or_none(input_fd)?,
