@@ -1,5 +1,6 @@
 //! `cargo xtask install --prefix DIR`: library, header, pkg-config file, command, completions, manual.
 
+use std::collections::BTreeSet;
 use std::fs;
 use std::os::unix::fs::{PermissionsExt, symlink};
 use std::path::{Path, PathBuf};
@@ -96,7 +97,35 @@ pub fn check() -> Result<(), String> {
             return Err(format!("{} has no {part:?}", path.display()));
         }
     }
+    exports(&read(&prefix.join("include/libkrun.h"))?, &prefix.join("lib/libkrun.so.1"))?;
     fs::remove_dir_all(&dir).map_err(|e| format!("{}: {e}", dir.display()))
+}
+
+/// The functions that a header declares.
+fn declared(header: &[u8]) -> BTreeSet<String> {
+    let name = |line: &str| {
+        let line = line.strip_prefix("int32_t ").or_else(|| line.strip_prefix("int "))?;
+        line.split_once('(').map(|(name, _)| name.to_owned())
+    };
+    String::from_utf8_lossy(header).lines().filter_map(name).collect()
+}
+
+/// Checks that a library exports what the header declares and nothing else.
+fn exports(header: &[u8], library: &Path) -> Result<(), String> {
+    let symbols = output(Command::new("nm").args(["-D", "--defined-only"]).arg(library))?;
+    let exported: BTreeSet<_> =
+        symbols.lines().filter_map(|l| l.rsplit_once(' ')).map(|(_, name)| name.to_owned()).collect();
+    let declared = declared(header);
+    let missing: Vec<_> = declared.difference(&exported).collect();
+    let foreign: Vec<_> = exported.difference(&declared).collect();
+    if declared.is_empty() || !missing.is_empty() || !foreign.is_empty() {
+        return Err(format!(
+            "{}: of {} functions of the header {missing:?} are not exported; {foreign:?} are exported and not in it",
+            library.display(),
+            declared.len()
+        ));
+    }
+    Ok(())
 }
 
 fn output(command: &mut Command) -> Result<String, String> {
@@ -139,6 +168,12 @@ fn link(target: &str, path: &Path) -> Result<(), String> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn declarations_are_found() {
+        let header = b"/* int32_t x(void) */\nint32_t krun_a(uint32_t ctx_id,\n    int fd);\nint krun_b(void);\n#define A 1\n";
+        assert_eq!(declared(header).into_iter().collect::<Vec<_>>(), ["krun_a", "krun_b"]);
+    }
 
     #[test]
     fn the_pkg_config_file_names_the_prefix_once() {

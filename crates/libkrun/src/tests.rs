@@ -15,6 +15,8 @@ use crate::start::*;
 use crate::vsock::*;
 use crate::workload::*;
 
+mod header;
+
 const NOWHERE: u32 = 0x7fff_0000;
 
 fn context() -> u32 {
@@ -26,104 +28,12 @@ fn c(text: &str) -> CString {
 }
 
 #[test]
-fn an_unknown_context_is_told() {
-    let s = c("/tmp");
-    let p = s.as_ptr();
-    let list: *const *const c_char = null();
-    // SAFETY: every pointer is NULL or a string that lives to the end of the test.
-    let answers = unsafe {
-        [
-            krun_free_ctx(NOWHERE),
-            krun_set_vm_config(NOWHERE, 1, 128),
-            krun_set_root(NOWHERE, p),
-            krun_add_virtiofs(NOWHERE, p, p),
-            krun_add_virtiofs2(NOWHERE, p, p, 0),
-            krun_add_virtiofs3(NOWHERE, p, p, 0, true),
-            krun_add_virtiofs4(NOWHERE, p, p, 0, true, 0),
-            krun_fs_add_overlay_file(NOWHERE, p, p, null(), 0, 0, false),
-            krun_fs_add_overlay_dir(NOWHERE, p, p, 0),
-            krun_set_exec(NOWHERE, p, list, list),
-            krun_set_env(NOWHERE, list),
-            krun_set_workdir(NOWHERE, p),
-            krun_set_rlimits(NOWHERE, list),
-            krun_disable_implicit_init(NOWHERE),
-            krun_setuid(NOWHERE, 0),
-            krun_setgid(NOWHERE, 0),
-            krun_set_console_output(NOWHERE, p),
-            krun_disable_implicit_console(NOWHERE),
-            krun_add_virtio_console_default(NOWHERE, -1, -1, -1),
-            krun_add_serial_console_default(NOWHERE, -1, -1),
-            krun_add_virtio_console_multiport(NOWHERE),
-            krun_add_console_port_tty(NOWHERE, 0, p, 0),
-            krun_add_console_port_inout(NOWHERE, 0, p, -1, -1),
-            krun_set_kernel(NOWHERE, p, 0, null(), null()),
-            krun_set_kernel_console(NOWHERE, p),
-            krun_split_irqchip(NOWHERE, true),
-            krun_set_nested_virt(NOWHERE, true),
-            krun_get_shutdown_eventfd(NOWHERE),
-            krun_start_enter(NOWHERE),
-            krun_add_disk(NOWHERE, p, p, true),
-            krun_set_root_disk(NOWHERE, p),
-            krun_set_root_disk_remount(NOWHERE, p, null(), null()),
-            krun_set_port_map(NOWHERE, list),
-            krun_disable_implicit_vsock(NOWHERE),
-            krun_add_vsock(NOWHERE, 0),
-            krun_add_vsock_port(NOWHERE, 1, p),
-        ]
-    };
-    assert!(answers.iter().all(|a| *a == -libc::ENOENT), "{answers:?}");
-}
-
-#[test]
-fn null_is_refused_where_something_must_be() {
-    let ctx = context();
-    let s = c("/tmp");
-    let (p, mac) = (s.as_ptr(), [0u8; 6]);
-    let list: *const *const c_char = null();
-    // SAFETY: every pointer is NULL or a value that lives to the end of the test.
-    let answers = unsafe {
-        [
-            krun_set_root(ctx, null()),
-            krun_add_virtiofs(ctx, null(), p),
-            krun_add_virtiofs(ctx, p, null()),
-            krun_fs_add_overlay_file(ctx, null(), p, null(), 0, 0, false),
-            krun_fs_add_overlay_file(ctx, p, p, null(), 5, 0, false),
-            krun_fs_add_overlay_dir(ctx, p, null(), 0),
-            krun_set_exec(ctx, null(), list, list),
-            krun_set_workdir(ctx, null()),
-            krun_set_rlimits(ctx, list),
-            krun_set_console_output(ctx, null()),
-            krun_set_kernel(ctx, null(), 0, null(), null()),
-            krun_set_kernel_console(ctx, null()),
-            krun_get_default_init(std::ptr::null_mut(), std::ptr::null_mut()),
-            krun_add_disk(ctx, null(), p, true),
-            krun_add_disk(ctx, p, null(), true),
-            krun_set_data_disk(ctx, null()),
-            krun_set_root_disk_remount(ctx, null(), null(), null()),
-            krun_set_firmware(ctx, null()),
-            krun_set_tee_config_file(ctx, null()),
-            krun_set_net_mac(ctx, null()),
-            krun_add_net_unixstream(ctx, null(), -1, mac.as_ptr(), 0, 0),
-            krun_add_net_unixstream(ctx, p, 3, mac.as_ptr(), 0, 0),
-            krun_add_net_tap(ctx, null(), mac.as_ptr(), 0, 0),
-            krun_add_vhost_user_device(ctx, 1, null(), p, 0, null()),
-            krun_set_mapped_volumes(ctx, list),
-            krun_add_vsock_port(ctx, 1, null()),
-        ]
-    };
-    assert!(answers.iter().all(|a| *a == -libc::EINVAL), "{answers:?}");
-    assert_eq!(krun_free_ctx(ctx), 0);
-}
-
-#[test]
 fn values_out_of_range_are_refused() {
     let ctx = context();
     assert_eq!(krun_set_vm_config(ctx, 0, 128), -libc::EINVAL);
     assert_eq!(krun_set_vm_config(ctx, 1, 0), -libc::EINVAL);
     assert_eq!(krun_set_log_level(6), -libc::EINVAL);
     assert_eq!(krun_init_log(9999, 1, 0, 0), -libc::EINVAL);
-    assert_eq!(krun_has_feature(12), -libc::EINVAL);
-    assert_eq!([0, 1, 11].map(|f| krun_has_feature(f)), [1, 1, 1]);
     assert_eq!(krun_add_virtio_console_default(ctx, 9999, -1, -1), -libc::EINVAL);
     let (long, path) = (c(&"x".repeat(37)), c("/tmp"));
     // SAFETY: the strings live to the end of the test.
@@ -345,48 +255,4 @@ fn the_shutdown_descriptor_is_made_once() {
     assert!(fd >= 0);
     assert_eq!(krun_get_shutdown_eventfd(ctx), fd);
     assert_eq!(krun_free_ctx(ctx), 0);
-}
-
-/// Names between `prefix` and the next character that no C identifier has.
-fn names(text: &str) -> std::collections::BTreeSet<String> {
-    let is_name = |c: char| c.is_ascii_alphanumeric() || c == '_';
-    text.match_indices("krun_")
-        .filter(|(at, _)| !text[..*at].ends_with(is_name))
-        .map(|(at, _)| text[at..].chars().take_while(|c| is_name(*c)).collect())
-        .collect()
-}
-
-#[test]
-fn the_header_and_the_code_name_the_same_functions() {
-    let header = include_str!("../../../include/libkrun.h");
-    // Declarations only: a name with its opening parenthesis at the end of a type.
-    let declared: std::collections::BTreeSet<String> = header
-        .lines()
-        .filter(|l| l.starts_with("int32_t krun_") || l.starts_with("int krun_"))
-        .flat_map(|l| names(l).into_iter().take(1))
-        .collect();
-    let code = [
-        include_str!("console.rs"),
-        include_str!("context.rs"),
-        include_str!("disks.rs"),
-        include_str!("files.rs"),
-        include_str!("input.rs"),
-        include_str!("later.rs"),
-        include_str!("log.rs"),
-        include_str!("machine.rs"),
-        include_str!("net.rs"),
-        include_str!("start.rs"),
-        include_str!("vsock.rs"),
-        include_str!("workload.rs"),
-    ]
-    .concat();
-    let mut defined: std::collections::BTreeSet<String> = code
-        .lines()
-        .filter_map(|l| l.split_once("extern \"C\" fn "))
-        .flat_map(|(_, rest)| names(rest).into_iter().take(1))
-        .collect();
-    let listed = code.split("not_served! {").nth(1).unwrap().split("\n}").next().unwrap();
-    defined.extend(listed.lines().filter(|l| l.trim_start().starts_with("krun_")).flat_map(names));
-    assert_eq!(declared, defined);
-    assert!(declared.len() > 60);
 }
