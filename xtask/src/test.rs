@@ -274,7 +274,7 @@ pub struct Built {
     pub krun: PathBuf,
     /// The VM tests.
     pub tests: PathBuf,
-    /// The C example; `libkrun.so.1` lies beside it.
+    /// The C example; `libkrun.so.1` lies beside it, and `calls`, what else the tests do in C.
     pub chroot_vm: PathBuf,
 }
 
@@ -285,21 +285,24 @@ pub struct Built {
 pub fn build() -> Result<Built, String> {
     cargo(&["build", "--quiet", "--release", "-p", "krun-cli", "-p", "libkrun", "-p", "krun-tests"])?;
     let release = crate::target_dir().join("release");
-    let chroot_vm = release.join("chroot_vm");
     let soname = release.join("libkrun.so.1");
     let _ = std::fs::remove_file(&soname);
     std::os::unix::fs::symlink("libkrun.so", &soname).map_err(|e| format!("{}: {e}", soname.display()))?;
-    let status = Command::new("cc")
-        .args(["-O2", "-Wall", "-Wextra", "-Werror", "-Iinclude", "-o"])
-        .arg(&chroot_vm)
-        .arg("examples/chroot_vm.c")
-        .arg(format!("-L{}", release.display()))
-        .arg("-lkrun")
-        .status()
-        .map_err(|e| format!("cannot run cc: {e}"))?;
-    if !status.success() {
-        return Err(format!("compiling examples/chroot_vm.c: {status}"));
-    }
+    let compile = |name: &str, source: &str| {
+        let program = release.join(name);
+        let status = Command::new("cc")
+            .args(["-O2", "-Wall", "-Wextra", "-Werror", "-Iinclude", "-o"])
+            .arg(&program)
+            .arg(source)
+            .arg(format!("-L{}", release.display()))
+            .arg("-lkrun")
+            .status()
+            .map_err(|e| format!("cannot run cc: {e}"))?;
+        if status.success() { Ok(program) } else { Err(format!("compiling {source}: {status}")) }
+    };
+    // Found beside the other.
+    compile("calls", "tests/c/calls.c")?;
+    let chroot_vm = compile("chroot_vm", "examples/chroot_vm.c")?;
     Ok(Built { krun: release.join("krun"), tests: release.join("krun-vmtests"), chroot_vm })
 }
 

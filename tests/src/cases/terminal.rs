@@ -18,13 +18,14 @@ pub const RESTORED: Case = Case { name: "terminal_restored", host: restored, gue
 pub const FOREGROUND: Case = Case { name: "terminal_foreground", host: foreground, guest: no_guest };
 
 /// A pseudo-terminal: this side, and the side that the VM gets.
-struct Pty {
-    master: File,
-    slave: OwnedFd,
+pub struct Pty {
+    pub master: File,
+    pub slave: OwnedFd,
 }
 
 impl Pty {
-    fn open() -> Result<Self, Failure> {
+    /// One of 77 columns and 33 rows.
+    pub fn open() -> Result<Self, Failure> {
         use rustix::pty::{OpenptFlags, grantpt, openpt, ptsname, unlockpt};
         let master = openpt(OpenptFlags::RDWR | OpenptFlags::NOCTTY | OpenptFlags::CLOEXEC)?;
         grantpt(&master)?;
@@ -32,8 +33,14 @@ impl Pty {
         let name = ptsname(&master, Vec::new())?;
         let flags = rustix::fs::OFlags::RDWR | rustix::fs::OFlags::NOCTTY | rustix::fs::OFlags::CLOEXEC;
         let slave = rustix::fs::open(name.as_c_str(), flags, rustix::fs::Mode::empty())?;
-        tcsetwinsize(&master, Winsize { ws_row: 33, ws_col: 77, ws_xpixel: 0, ws_ypixel: 0 })?;
-        Ok(Self { master: File::from(master), slave })
+        let pty = Self { master: File::from(master), slave };
+        pty.resize(77, 33)?;
+        Ok(pty)
+    }
+
+    /// Gives it another size.
+    pub fn resize(&self, columns: u16, rows: u16) -> Result<(), Failure> {
+        Ok(tcsetwinsize(&self.master, Winsize { ws_row: rows, ws_col: columns, ws_xpixel: 0, ws_ypixel: 0 })?)
     }
 
     fn console(&self) -> Result<Console, Failure> {
@@ -42,11 +49,12 @@ impl Pty {
     }
 
     /// The whole mode.
-    fn mode(&self) -> Result<String, Failure> {
+    pub fn mode(&self) -> Result<String, Failure> {
         Ok(format!("{:?}", tcgetattr(self.slave.as_fd())?))
     }
 
-    fn until_raw(&self, wanted: bool) -> Result<(), Failure> {
+    /// Waits for raw mode, or its end.
+    pub fn until_raw(&self, wanted: bool) -> Result<(), Failure> {
         let deadline = Instant::now() + Duration::from_secs(60);
         while self.is_raw()? != wanted {
             if Instant::now() > deadline {
@@ -117,7 +125,7 @@ fn host(env: &Env) -> Result<(), Failure> {
     typed("stty size\n")?;
     screen.wait_for("33 77")?;
     // Nobody says so to the library.
-    tcsetwinsize(&pty.master, Winsize { ws_row: 44, ws_col: 101, ws_xpixel: 0, ws_ypixel: 0 })?;
+    pty.resize(101, 44)?;
     typed("until stty size | grep '44 101'; do sleep 0.1; done\n")?;
     screen.wait_for("44 101\r\n")?;
     // Ctrl-C ends the foreground job, not the shell.
@@ -157,7 +165,7 @@ fn continued(env: &Env) -> Result<(), Failure> {
         kill_process(pid, Signal::STOP)?;
         waitpid(Some(pid), WaitOptions::UNTRACED)?;
         tcsetattr(pty.slave.as_fd(), OptionalActions::Now, &before)?;
-        tcsetwinsize(&pty.master, Winsize { ws_row: 21, ws_col: 67, ws_xpixel: 0, ws_ypixel: 0 })?;
+        pty.resize(67, 21)?;
         same("raw while stopped", pty.is_raw()?, false)?;
         kill_process(pid, Signal::CONT)?;
         pty.until_raw(true)?;
@@ -245,7 +253,7 @@ fn as_a_job(env: &Env, pty: &Pty) -> Result<(), Failure> {
     rustix::process::kill_process(pid, rustix::process::Signal::STOP)?;
     screen.wait_for("host> ")?;
     pty.until_raw(false)?;
-    tcsetwinsize(&pty.master, Winsize { ws_row: 21, ws_col: 67, ws_xpixel: 0, ws_ypixel: 0 })?;
+    pty.resize(67, 21)?;
     typed("fg\n")?;
     pty.until_raw(true)?;
     // The size takes its own way into the guest.
