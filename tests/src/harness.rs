@@ -317,6 +317,34 @@ impl Drop for TempDir {
     }
 }
 
+/// A file system mounted on this host, until the value goes.
+pub struct Mounted(PathBuf);
+
+impl Mounted {
+    /// Mounts `what` on the directory `at`, by the program `mount` with more words.
+    pub fn new(words: &[&str], what: &str, at: &Path) -> Result<Self, Failure> {
+        match process::Command::new("mount").args(words).arg(what).arg(at).output() {
+            Ok(out) if out.status.success() => Ok(Self(at.to_owned())),
+            Ok(out) => {
+                let why = String::from_utf8_lossy(&out.stderr).into_owned();
+                Err(Failure::Skip(format!("{what} cannot be mounted here: {}", why.trim())))
+            }
+            Err(e) => Err(Failure::Skip(format!("no mount on this host: {e}"))),
+        }
+    }
+
+    /// Where it is.
+    pub fn path(&self) -> &Path {
+        &self.0
+    }
+}
+
+impl Drop for Mounted {
+    fn drop(&mut self) {
+        let _ = process::Command::new("umount").arg("-l").arg(&self.0).status();
+    }
+}
+
 /// Bytes that do not repeat, the same at every call: a xorshift sequence.
 pub fn noise(len: usize, seed: u64) -> Vec<u8> {
     let mut state = seed | 1;

@@ -9,6 +9,7 @@ mod install;
 mod kernel;
 mod packages;
 mod rootfs;
+mod suites;
 mod test;
 
 use std::path::PathBuf;

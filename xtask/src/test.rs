@@ -7,7 +7,7 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use crate::emulated::Lab;
-use crate::{arrows, debian, install, kernel, packages, rootfs};
+use crate::{arrows, debian, install, kernel, packages, rootfs, suites};
 
 /// What a part of the tests came to.
 #[derive(Debug, Default, Clone, PartialEq, Eq)]
@@ -196,6 +196,10 @@ fn vm_tests(names: &[String]) -> Result<Counts, String> {
     let stock = debian::kernel()?;
     // The two halves run side by side; the emulated host is single-threaded.
     let lab = Lab::ensure(&built.krun)?;
+    let suites = suites::ensure().unwrap_or_else(|e| {
+        eprintln!("the file-system suites are left out: {e}");
+        PathBuf::new()
+    });
     // After QEMU: installing that removes qemu-utils of another version.
     packages::ensure("the tests of disk formats", &["qemu-utils"])?;
     let bundles = [(OURS, ours.bundle), ("Debian's libkrunfw5", debian)];
@@ -222,6 +226,7 @@ fn vm_tests(names: &[String]) -> Result<Counts, String> {
             let env = vec![
                 ("KRUN_TEST_KERNELS".into(), images.clone().into_os_string()),
                 ("KRUN_TEST_BZIMAGE".into(), stock.clone().into_os_string()),
+                ("KRUN_TEST_SUITES".into(), suites.clone().into_os_string()),
                 // Its own and empty, so that what a test leaves behind can be seen.
                 ("TMPDIR".into(), "/run".into()),
             ];
@@ -261,6 +266,8 @@ const ONCE: &[&str] = &[
     "programs_dpkg",
     "disk_fio",
     "disk_power_cut",
+    "suite_pjdfstest",
+    "suite_fsx",
 ];
 
 /// How long one of the test programs under the emulated host's KVM may take; they took under a minute.

@@ -4,33 +4,20 @@ use std::ffi::OsString;
 use std::io::{BufRead, BufReader, Write};
 use std::os::unix::fs::FileExt;
 use std::path::Path;
-use std::process::{Command, Stdio};
+use std::process::Stdio;
 
 use krun::{Disk, DiskFormat, SyncMode};
 
 use super::disk::{MIB, image, tool};
-use crate::harness::{Case, Env, Failure, TempDir, no_guest, run, same, start};
+use crate::harness::{Case, Env, Failure, Mounted, TempDir, no_guest, run, same, start};
 
 pub const SPACE: Case = Case { name: "disk_no_space", host: no_space, guest: no_guest };
 pub const POWER_CUT: Case = Case { name: "disk_power_cut", host: power_cut, guest: records };
 
-/// A file system that goes away with the value.
-struct Mounted<'a>(&'a Path);
-
-impl Drop for Mounted<'_> {
-    fn drop(&mut self) {
-        let _ = Command::new("umount").arg("-l").arg(self.0).status();
-    }
-}
-
 fn no_space(env: &Env) -> Result<(), Failure> {
     let dir = TempDir::new("disk-space")?;
     let target = dir.path().to_string_lossy();
-    match tool("mount", &["-t", "tmpfs", "-o", "size=8m", "tmpfs", &target])? {
-        Some((0, _)) => {}
-        other => return Err(Failure::Skip(format!("no small file system can be mounted here: {other:?}"))),
-    }
-    let _mounted = Mounted(dir.path());
+    let _mounted = Mounted::new(&["-t", "tmpfs", "-o", "size=8m"], "tmpfs", dir.path())?;
     let path = dir.path().join("disk");
     image(&path, 32 * MIB)?;
     let mut config = env.shell(

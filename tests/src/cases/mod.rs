@@ -26,6 +26,7 @@ mod several;
 mod shares;
 mod signals;
 mod stdio;
+mod suites;
 mod terminal;
 mod vsock;
 
@@ -38,6 +39,8 @@ pub const ALL: &[Case] = &[
     files::CASE,
     files::MANY,
     shares::CASE,
+    suites::PJDFSTEST,
+    suites::FSX,
     init::CASE,
     processors::CASE,
     processors::NESTED,

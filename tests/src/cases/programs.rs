@@ -75,10 +75,11 @@ fn compile(env: &Env) -> Result<(), Failure> {
 }
 
 /// A view of the root that can be changed, and is gone with the value.
-struct Copy(TempDir);
+pub struct Copy(TempDir);
 
 impl Copy {
-    fn of(root: &Path) -> Result<Self, Failure> {
+    /// Of this root.
+    pub fn of(root: &Path) -> Result<Self, Failure> {
         let dir = TempDir::new("root")?;
         for part in ["upper", "work", "merged"] {
             fs::create_dir(dir.path().join(part))?;
@@ -95,7 +96,8 @@ impl Copy {
         }
     }
 
-    fn path(&self) -> PathBuf {
+    /// Where it is.
+    pub fn path(&self) -> PathBuf {
         self.0.path().join("merged")
     }
 }

@@ -378,10 +378,9 @@ impl Server {
             if self.share.cache().data == DataCache::Always {
                 wanted |= InitFlags::NO_OPENDIR_SUPPORT;
             }
-        } else {
-            // A guest that sends no OPEN must truncate with SETATTR.
-            wanted |= InitFlags::ATOMIC_O_TRUNC;
         }
+        // Not ATOMIC_O_TRUNC: the guest's kernel asks whether a program runs from the file only after OPEN, and one
+        // that was opened for reading would be truncated by then.
         if self.share.cache().data != DataCache::Always {
             wanted |= InitFlags::AUTO_INVAL_DATA;
         }
