@@ -23,6 +23,7 @@ mod many_devices;
 mod processors;
 mod programs;
 mod several;
+mod share_faults;
 mod shares;
 mod signals;
 mod stdio;
@@ -39,6 +40,9 @@ pub const ALL: &[Case] = &[
     files::CASE,
     files::MANY,
     shares::CASE,
+    share_faults::SPACE,
+    share_faults::CHANGES,
+    share_faults::GONE,
     suites::PJDFSTEST,
     suites::FSX,
     init::CASE,

@@ -164,6 +164,8 @@ pub const FOPEN_NOFLUSH: u32 = 32;
 pub const FOPEN_PARALLEL_DIRECT_WRITES: u32 = 64;
 /// `open_flags` of OPEN and CREATE: set-id bits go with truncation.
 pub const OPEN_KILL_SUIDGID: u32 = 1;
+/// `write_flags` of WRITE: the data are from the page cache, and nobody looks at the count of the reply.
+pub const WRITE_CACHE: u32 = 1;
 /// `write_flags` of WRITE: set-id bits go.
 pub const WRITE_KILL_SUIDGID: u32 = 4;
 /// `getattr_flags`: the request names an open handle.

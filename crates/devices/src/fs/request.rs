@@ -183,6 +183,8 @@ pub enum Request<'a> {
         fh: u64,
         offset: u64,
         size: u32,
+        /// All or an error.
+        whole: bool,
         kill_priv: bool,
     },
     StatFs,
@@ -313,7 +315,9 @@ impl<'a> Request<'a> {
             op::READ => Self::Read { fh: b.u64()?, offset: b.u64()?, size: b.u32()? },
             op::WRITE => {
                 let (fh, offset, size, flags) = (b.u64()?, b.u64()?, b.u32()?, b.u32()?);
-                Self::Write { fh, offset, size, kill_priv: flags & abi::WRITE_KILL_SUIDGID != 0 }
+                let (whole, kill_priv) = (abi::WRITE_CACHE, abi::WRITE_KILL_SUIDGID);
+                let is = |flag| flags & flag != 0;
+                Self::Write { fh, offset, size, whole: is(whole), kill_priv: is(kill_priv) }
             }
             op::SETXATTR => Self::set_xattr(b, setxattr_ext)?,
             op::GETXATTR => {

@@ -316,10 +316,10 @@ impl Server {
                 put_created(out, share.create(node, name, flags, mode, who)?);
             }
             Request::TmpFile { flags, mode } => put_created(out, share.tmpfile(node, flags, mode, who)?),
-            Request::Write { fh, offset, size, .. } => {
+            Request::Write { fh, offset, size, whole, .. } => {
                 let size = (size as usize).min(DATA_MAX);
                 let data = source.take(size);
-                let n = share.write(fh, offset, &data, size)?;
+                let n = share.write(fh, offset, &data, size, whole)?;
                 out.u32(n as u32);
                 out.u32(0);
             }

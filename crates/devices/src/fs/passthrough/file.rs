@@ -182,12 +182,19 @@ impl Share {
         }
     }
 
-    /// Writes `size` bytes at `offset` and returns how many were written.
+    /// Writes `size` bytes at `offset` and returns how many were written; with `whole`, all of them.
     ///
     /// # Errors
     /// EBADF, or the host's reason.
-    pub fn write(&self, fh: u64, offset: u64, data: &[VolatileSlice<'_>], size: usize) -> Result<usize> {
-        sys::write_from(self.handles.file(fh)?.as_fd(), data, offset, size)
+    pub fn write(
+        &self,
+        fh: u64,
+        offset: u64,
+        data: &[VolatileSlice<'_>],
+        size: usize,
+        whole: bool,
+    ) -> Result<usize> {
+        sys::write_from(self.handles.file(fh)?.as_fd(), data, offset, size, whole)
     }
 
     /// Writes an open file or directory out to its disk.

@@ -58,11 +58,12 @@ impl List {
 }
 
 /// Moves up to `limit` bytes between `slices` and the file at `offset` with `call`, in as many calls as
-/// it takes. What was moved before an error counts as success.
+/// it takes. What was moved before an error counts as success, unless it must be the `whole`.
 fn transfer(
     slices: &[VolatileSlice<'_>],
     offset: u64,
     limit: usize,
+    whole: bool,
     call: impl Fn(&List, i64) -> isize,
 ) -> Result<usize, Errno> {
     let mut done = 0;
@@ -73,16 +74,18 @@ fn transfer(
             break;
         }
         match usize::try_from(call(&list, at)) {
+            Ok(0) if whole => return Err(Errno::IO),
             Ok(0) => break,
             Ok(n) => {
                 done += n;
-                if n < list.bytes {
+                // Trying on tells why it was not more.
+                if n < list.bytes && !whole {
                     break;
                 }
             }
             Err(_) => match last() {
                 Errno::INTR => {}
-                e if done == 0 => return Err(e),
+                e if done == 0 || whole => return Err(e),
                 _ => break,
             },
         }
@@ -100,14 +103,15 @@ pub fn read_into(
     offset: u64,
     limit: usize,
 ) -> Result<usize, Errno> {
-    transfer(slices, offset, limit, |list, at| {
+    transfer(slices, offset, limit, false, |list, at| {
         // SAFETY: the list's entries lie within `slices`, which are mapped and writable while they are
         // borrowed, and no Rust reference to those bytes exists; the guest may race, as it always may.
         unsafe { libc::preadv(fd.as_raw_fd(), list.items.as_ptr(), list.len as i32, at) }
     })
 }
 
-/// Writes up to `limit` bytes straight from guest memory to `fd` at `offset`.
+/// Writes up to `limit` bytes straight from guest memory to `fd` at `offset`. With `whole`, fewer are an error, and it
+/// tells why.
 ///
 /// # Errors
 /// The host's reason, or EINVAL for an offset that no file has.
@@ -116,8 +120,9 @@ pub fn write_from(
     slices: &[VolatileSlice<'_>],
     offset: u64,
     limit: usize,
+    whole: bool,
 ) -> Result<usize, Errno> {
-    transfer(slices, offset, limit, |list, at| {
+    transfer(slices, offset, limit, whole, |list, at| {
         // SAFETY: the list's entries lie within `slices`, which are mapped while they are borrowed; the
         // kernel only reads them.
         unsafe { libc::pwritev(fd.as_raw_fd(), list.items.as_ptr(), list.len as i32, at) }
@@ -284,6 +289,6 @@ mod tests {
         let mut mem = [0u8; 8];
         let s = [VolatileSlice::from(&mut mem[..])];
         assert_eq!(read_into(f.as_fd(), &s, u64::MAX, 8), Err(Errno::INVAL));
-        assert_eq!(write_from(f.as_fd(), &s, 1 << 63, 8), Err(Errno::INVAL));
+        assert_eq!(write_from(f.as_fd(), &s, 1 << 63, 8, false), Err(Errno::INVAL));
     }
 }

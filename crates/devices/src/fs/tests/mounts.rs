@@ -7,7 +7,7 @@ use std::path::Path;
 use rustix::mount::{MountFlags, MountPropagationFlags, UnmountFlags};
 
 use super::client::{Client, ROOT, is_root, uncached};
-use crate::fs::abi::FOPEN_NOFLUSH;
+use crate::fs::abi::{FOPEN_NOFLUSH, WRITE_CACHE};
 
 /// Mounts that end with the test; false (said why) where that cannot be.
 fn can_mount() -> bool {
@@ -112,4 +112,22 @@ fn a_file_copied_up_stays_the_same_node() {
     assert_eq!(c.contents(f).unwrap(), b"upper");
     c.unlink(d, c"f").unwrap();
     assert_eq!(c.names(d), ["e"]);
+}
+
+#[test]
+fn a_page_that_is_written_in_part_is_an_error() {
+    if !can_mount() {
+        return;
+    }
+    let mut c = Client::with(uncached);
+    fs::create_dir(c.path("small")).unwrap();
+    mount("tmpfs", &c.path("small"), "size=64k");
+    let small = c.lookup(ROOT, c"small").unwrap().node;
+    let (_, fh) = c.create(small, c"f", libc::O_RDWR, 0o600).unwrap();
+    // A program gets the count; the page cache, which would not look at it, the reason.
+    assert_eq!(c.write(fh, 0, &[7; 100 << 10], 0), Ok(64 << 10));
+    assert_eq!(c.write(fh, 0, &[7; 100 << 10], WRITE_CACHE), Err(libc::ENOSPC));
+    assert_eq!(c.write(fh, 0, &[7; 64 << 10], WRITE_CACHE), Ok(64 << 10));
+    let path = c.path("small");
+    let _unmount = Unmount(&path);
 }
