@@ -88,8 +88,10 @@ pub struct Run {
     #[arg(long)]
     pub read_only: bool,
 
-    /// Share a host directory at a path of the guest, `:ro` if the guest may not change it.
-    #[arg(long = "volume", value_name = "HOST:GUEST[:ro]", value_parser = os_parser(volume))]
+    /// Share a host directory at a path of the guest, `:ro` if the guest may not change it. `:cache=always` if
+    /// nobody else changes it meanwhile, `:cache=writeback` if nobody else looks at it either, `:cache=never` if each
+    /// side must see the other's changes at once, not within a second.
+    #[arg(long = "volume", value_name = "HOST:GUEST[:ro][:cache=HOW]", value_parser = os_parser(volume))]
     pub volumes: Vec<Volume>,
 
     /// Disk image that becomes the guest's root, with options as for --disk. Its file system is found by trying;
@@ -206,6 +208,8 @@ pub struct Volume {
     pub guest: PathBuf,
     /// The guest cannot change it.
     pub read_only: bool,
+    /// What the guest keeps of it.
+    pub cache: krun::Cache,
 }
 
 /// A value parser from a function on bytes.
@@ -214,15 +218,24 @@ fn os_parser<T: Clone + Send + Sync + 'static>(parse: fn(&OsStr) -> Result<T, St
 }
 
 fn volume(text: &OsStr) -> Result<Volume, String> {
-    let bytes = text.as_bytes();
-    let (bytes, read_only) = match bytes.strip_suffix(b":ro") {
-        Some(rest) => (rest, true),
-        None => (bytes.strip_suffix(b":rw").unwrap_or(bytes), false),
-    };
-    let split = bytes.iter().rposition(|b| *b == b':');
-    let (host, guest) = match split {
-        Some(at) => (&bytes[..at], &bytes[at + 1..]),
-        None => return Err("write HOST:GUEST or HOST:GUEST:ro".into()),
+    let mut bytes = text.as_bytes();
+    let (mut read_only, mut cache) = (false, krun::Cache::Auto);
+    let (host, guest) = loop {
+        let split = bytes.iter().rposition(|b| *b == b':');
+        let at = split.ok_or("write HOST:GUEST, and options after that")?;
+        match &bytes[at + 1..] {
+            b"ro" => read_only = true,
+            b"rw" => {}
+            b"cache=never" => cache = krun::Cache::Never,
+            b"cache=auto" => {}
+            b"cache=always" => cache = krun::Cache::Always,
+            b"cache=writeback" => cache = krun::Cache::WriteBack,
+            word if word.starts_with(b"cache=") => {
+                return Err("cache= is never, auto, always or writeback".into());
+            }
+            guest => break (&bytes[..at], guest),
+        }
+        bytes = &bytes[..at];
     };
     let path = |b: &[u8]| PathBuf::from(OsString::from_vec(b.to_vec()));
     if host.is_empty() {
@@ -231,7 +244,7 @@ fn volume(text: &OsStr) -> Result<Volume, String> {
     if !guest.starts_with(b"/") {
         return Err("the path in the guest must be absolute".into());
     }
-    Ok(Volume { host: path(host), guest: path(guest), read_only })
+    Ok(Volume { host: path(host), guest: path(guest), read_only, cache })
 }
 
 fn vsock(text: &OsStr) -> Result<krun::VsockPort, String> {
@@ -293,10 +306,15 @@ mod tests {
 
     #[test]
     fn volumes() {
-        let v = |h: &str, g: &str, read_only| Volume { host: h.into(), guest: g.into(), read_only };
-        assert_eq!(volume(OsStr::new("/a:/b")), Ok(v("/a", "/b", false)));
-        assert_eq!(volume(OsStr::new("a:b:/c:ro")), Ok(v("a:b", "/c", true)));
-        for bad in ["/a", ":/b", "/a:b", "/a:"] {
+        use krun::Cache;
+        let v = |h: &str, g: &str, read_only, cache| {
+            Ok(Volume { host: h.into(), guest: g.into(), read_only, cache })
+        };
+        assert_eq!(volume(OsStr::new("/a:/b")), v("/a", "/b", false, Cache::Auto));
+        assert_eq!(volume(OsStr::new("a:b:/c:ro")), v("a:b", "/c", true, Cache::Auto));
+        assert_eq!(volume(OsStr::new("a:/c:cache=writeback")), v("a", "/c", false, Cache::WriteBack));
+        assert_eq!(volume(OsStr::new("a:/c:cache=never:ro")), v("a", "/c", true, Cache::Never));
+        for bad in ["/a", ":/b", "/a:b", "/a:", "/a:ro", "/a:/b:cache=some", "/a:/b:cache=", "ro"] {
             assert!(volume(OsStr::new(bad)).is_err(), "{bad}");
         }
     }

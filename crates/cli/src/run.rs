@@ -141,6 +141,7 @@ fn shares(args: &Run) -> Result<Vec<Share>, String> {
     for (n, volume) in args.volumes.iter().enumerate() {
         shares.push(Share {
             read_only: volume.read_only,
+            cache: volume.cache,
             mount: Some(volume.guest.clone()),
             ..Share::new(format!("volume{n}"), &volume.host)
         });

@@ -16,7 +16,7 @@ use krun_machine::{SerialSpec, Spec};
 use krun_virtio::VirtioDevice;
 use krun_wire as wire;
 
-use crate::config::{Overlay, OverlayContent, ROOT_TAG};
+use crate::config::{Cache, Overlay, OverlayContent, ROOT_TAG};
 use crate::{Console, Error, INIT, Port, Share, VmConfig};
 use crate::{disk, net};
 
@@ -161,8 +161,13 @@ fn share_device(
         overlays: own.into_iter().chain(share.overlays.into_iter().map(fs_overlay)).collect(),
         exit_code: is_root.then(|| Arc::clone(exit)),
         shm_size: share.shm_size,
+        cache: match share.cache {
+            Cache::Never => fs::CachePolicy::NEVER,
+            Cache::Auto => fs::CachePolicy::AUTO,
+            Cache::Always => fs::CachePolicy::ALWAYS,
+            Cache::WriteBack => fs::CachePolicy::WRITE_BACK,
+        },
         quota: quota.clone(),
-        ..FsSpec::default()
     };
     Ok(Box::new(fs::Fs::new(spec)?))
 }

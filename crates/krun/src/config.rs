@@ -105,6 +105,8 @@ pub struct Share {
     pub source: Option<PathBuf>,
     /// The guest cannot change it.
     pub read_only: bool,
+    /// For how long the guest believes what it knows of it.
+    pub cache: Cache,
     /// Bytes of DAX window. There is none yet, and this has no effect.
     pub shm_size: Option<u64>,
     /// Files and directories that only the guest sees.
@@ -120,6 +122,7 @@ impl Share {
             tag: tag.into(),
             source: Some(source.into()),
             read_only: false,
+            cache: Cache::Auto,
             shm_size: None,
             overlays: Vec::new(),
             mount: None,
@@ -130,6 +133,23 @@ impl Share {
     pub fn root(source: impl Into<PathBuf>) -> Self {
         Self::new(ROOT_TAG, source)
     }
+}
+
+/// What a guest keeps of a share, and for how long.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+#[non_exhaustive]
+pub enum Cache {
+    /// Nothing: each side sees at once what the other one does.
+    Never,
+    /// The guest sees within a second, and with the next open of a file, what the host has changed.
+    #[default]
+    Auto,
+    /// All there is room for: the host changes nothing while the guest runs.
+    Always,
+    /// As [`Cache::Always`], and what the guest writes reaches the host when the file is closed or synced, or some
+    /// seconds later. Programs that write in small pieces are much faster; what was not synced is lost when the
+    /// machine is killed, as it would be on a disk.
+    WriteBack,
 }
 
 /// A file or directory that exists in a share only for the guest.

@@ -23,6 +23,7 @@ mod many_devices;
 mod processors;
 mod programs;
 mod several;
+mod share_cache;
 mod share_faults;
 mod shares;
 mod signals;
@@ -40,6 +41,8 @@ pub const ALL: &[Case] = &[
     files::CASE,
     files::MANY,
     shares::CASE,
+    share_cache::CASE,
+    share_cache::IDMAP,
     share_faults::SPACE,
     share_faults::CHANGES,
     share_faults::GONE,

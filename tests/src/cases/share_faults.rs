@@ -42,7 +42,7 @@ assert data == b"".join(bytes([n]) * 65536 for n in range(256))
 "#;
 
 /// Gives the guest a line to read.
-fn go(captured: &mut Captured) -> Result<(), Failure> {
+pub fn go(captured: &mut Captured) -> Result<(), Failure> {
     use std::io::Write;
     let stdin = captured.stdin.as_mut().ok_or_else(|| Failure::Wrong("no input".into()))?;
     Ok(stdin.write_all(b"\n")?)

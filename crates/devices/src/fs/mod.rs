@@ -9,7 +9,8 @@
 //! nothing is cached, is read without OPEN and RELEASE (`FUSE_NO_OPEN_SUPPORT`). There an open for writing
 //! succeeds if the guest has not mounted the share `ro`, and the write fails. A writable share keeps OPEN: a
 //! file may have been unlinked, or made without permission to write, while it is open. Write-back caching is
-//! not used: it would hide from the guest what the host changes, and from the host what the guest wrote.
+//! for those who ask for it ([`CachePolicy::WRITE_BACK`]): many small writes become one, but it hides from the guest
+//! what the host changes, and from the host for a while what the guest wrote.
 //!
 //! What a guest should know: POSIX and BSD locks are its own affair (they work between its processes, and do
 //! not reach the host); a share that is read-only answers EROFS, but the mount shows `ro` only if the guest
@@ -59,6 +60,9 @@ pub enum DataCache {
     CloseToOpen,
     /// For good: the host does not change files behind the guest's back.
     Always,
+    /// For good, and what the guest writes as well: it reaches the host when a file is closed or synced, when the
+    /// guest is short of memory, and some seconds later in any case.
+    WriteBack,
 }
 
 /// How long the guest believes what it was told.
@@ -82,6 +86,8 @@ impl CachePolicy {
     /// Only the guest changes the share.
     pub const ALWAYS: Self =
         Self { entry: Duration::from_secs(86400), attr: Duration::from_secs(86400), data: DataCache::Always };
+    /// Only the guest changes the share, and nobody looks at a file before the guest has closed it.
+    pub const WRITE_BACK: Self = Self { data: DataCache::WriteBack, ..Self::ALWAYS };
 }
 
 impl Default for CachePolicy {

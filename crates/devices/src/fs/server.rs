@@ -370,21 +370,25 @@ impl Server {
             | InitFlags::HANDLE_KILLPRIV_V2
             | InitFlags::SETXATTR_EXT
             | InitFlags::DIRECT_IO_ALLOW_MMAP
+            | InitFlags::ALLOW_IDMAP
             | InitFlags::INIT_EXT;
         if self.share.reads_unopened() {
             wanted |= InitFlags::NO_OPEN_SUPPORT;
             // Without OPENDIR the guest keeps listings for as long as a directory's times are the same; the
             // host's clock may be too coarse for two changes at nearly the same time.
-            if self.share.cache().data == DataCache::Always {
+            if matches!(self.share.cache().data, DataCache::Always | DataCache::WriteBack) {
                 wanted |= InitFlags::NO_OPENDIR_SUPPORT;
             }
         }
         // Not ATOMIC_O_TRUNC: the guest's kernel asks whether a program runs from the file only after OPEN, and one
         // that was opened for reading would be truncated by then.
-        if self.share.cache().data != DataCache::Always {
-            wanted |= InitFlags::AUTO_INVAL_DATA;
+        match self.share.cache().data {
+            DataCache::WriteBack if !self.share.is_read_only() => wanted |= InitFlags::WRITEBACK_CACHE,
+            DataCache::WriteBack | DataCache::Always => {}
+            _ => wanted |= InitFlags::AUTO_INVAL_DATA,
         }
         let agreed = wanted & offered;
+        self.share.set_write_back(agreed.contains(InitFlags::WRITEBACK_CACHE));
         self.session = Session {
             ready: major == abi::MAJOR,
             setxattr_ext: agreed.contains(InitFlags::SETXATTR_EXT),

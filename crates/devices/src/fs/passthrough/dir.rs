@@ -52,7 +52,7 @@ impl Share {
         let dir = Dir { node, fd, listed, entries: Vec::new(), at: 0, offset: 0 };
         let fh = self.add_handle(node, Handle::Dir(Box::new(dir)))?;
         let flags = match self.cache.data {
-            DataCache::Always => FOPEN_CACHE_DIR | FOPEN_KEEP_CACHE,
+            DataCache::Always | DataCache::WriteBack => FOPEN_CACHE_DIR | FOPEN_KEEP_CACHE,
             _ => 0,
         };
         Ok((fh, flags))

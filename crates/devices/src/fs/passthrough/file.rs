@@ -31,6 +31,13 @@ fn host_flags(flags: u32) -> Result<OFlags> {
     Ok(flags & keep)
 }
 
+/// The same for a guest that writes back: its kernel fills up a page that was written in part, so it reads through
+/// what was opened for writing; and it knows where the end of a file is, so that nothing is appended here.
+fn write_back_flags(flags: OFlags) -> OFlags {
+    let flags = flags - OFlags::APPEND;
+    if flags & OFlags::ACCMODE == OFlags::WRONLY { (flags - OFlags::WRONLY) | OFlags::RDWR } else { flags }
+}
+
 impl Share {
     /// Opens `node` and returns handle and reply flags.
     ///
@@ -46,10 +53,22 @@ impl Share {
             libc::S_IFDIR => return Err(Errno::ISDIR),
             _ => return Err(Errno::NXIO),
         }
-        let fd = self.reopen(node, host_flags(flags)?)?;
+        let fd = match self.reopen(node, self.flags_on_host(flags)?) {
+            // Not for this process to read; whole pages can be written all the same.
+            Err(Errno::ACCESS) if self.write_back => {
+                self.reopen(node, host_flags(flags)? - OFlags::APPEND)?
+            }
+            r => r?,
+        };
         let st = self.stat_fd(&fd)?;
         let fh = self.add_handle(node, Handle::File { node, fd: Arc::new(fd) })?;
         Ok((fh, self.open_flags(node, &st, opens_for_writing(flags))))
+    }
+
+    /// The host's flags for those of the guest.
+    fn flags_on_host(&self, flags: u32) -> Result<OFlags> {
+        let flags = host_flags(flags)?;
+        Ok(if self.write_back { write_back_flags(flags) } else { flags })
     }
 
     fn open_overlay(&mut self, index: usize, flags: u32) -> Result<(u64, u32)> {
@@ -80,7 +99,7 @@ impl Share {
         self.not_overlaid(parent, name, Errno::EXIST)?;
         let dir = self.fd(parent)?;
         self.expect_room()?;
-        let open = host_flags(flags)?;
+        let open = self.flags_on_host(flags)?;
         let mode = Mode::from_raw_mode(mode & 0o7777);
         let made = {
             let Self { inodes, caller, .. } = self;
@@ -136,7 +155,8 @@ impl Share {
         let dir = self.fd(parent)?;
         self.expect_room()?;
         let exclusive = OFlags::from_bits_retain(flags) & OFlags::EXCL;
-        let open = (host_flags(flags)? - OFlags::TRUNC) | exclusive | OFlags::TMPFILE | OFlags::CLOEXEC;
+        let open =
+            (self.flags_on_host(flags)? - OFlags::TRUNC) | exclusive | OFlags::TMPFILE | OFlags::CLOEXEC;
         let mode = Mode::from_raw_mode(mode & 0o7777);
         let fd = {
             let Self { inodes, caller, .. } = self;

@@ -94,6 +94,8 @@ pub struct Share {
     caller: Option<(Caller, ThreadId)>,
     cache: CachePolicy,
     read_only: bool,
+    /// The guest writes back from its page cache.
+    write_back: bool,
     reads: Reads,
     devices: HashMap<(u32, u32), Device>,
     /// Mounts whose files are but files.
@@ -192,6 +194,7 @@ impl Share {
             caller: None,
             cache,
             read_only,
+            write_back: false,
             reads: Reads::default(),
             devices,
             plain: HashSet::new(),
@@ -216,6 +219,12 @@ impl Share {
         self.handles.clear();
         self.reads.clear();
         self.inodes.clear();
+        self.write_back = false;
+    }
+
+    /// The guest's kernel keeps what is written, and writes it back in its own time.
+    pub fn set_write_back(&mut self, write_back: bool) {
+        self.write_back = write_back;
     }
 
     /// Whether nothing may be changed.
@@ -493,7 +502,7 @@ impl Share {
         let before = self.inodes.host_mut(node).and_then(|h| h.seen.replace(now));
         let pages = match self.cache.data {
             DataCache::Never => FOPEN_DIRECT_IO | FOPEN_PARALLEL_DIRECT_WRITES,
-            DataCache::Always => FOPEN_KEEP_CACHE,
+            DataCache::Always | DataCache::WriteBack => FOPEN_KEEP_CACHE,
             DataCache::CloseToOpen if before == Some(now) => FOPEN_KEEP_CACHE,
             DataCache::CloseToOpen => 0,
         };

@@ -172,6 +172,30 @@ fn changes_of_the_host_are_seen() {
 }
 
 #[test]
+fn what_is_written_back_arrives_as_it_was_written() {
+    let Some(m) = mount(None, |s| s.cache = CachePolicy::WRITE_BACK) else { return };
+    fs::write(m.source.join("parts"), ".".repeat(9000)).unwrap();
+    sh(
+        &m.at,
+        r"
+        for n in $(seq 1 300); do echo $n >> log; done && test $(wc -l < log) = 300
+        printf x | dd of=parts bs=1 seek=4500 conv=notrunc status=none
+        printf y >> parts && test $(stat -c %s parts) = 9001
+        touch -d 2001-02-03T04:05:06Z log && test $(stat -c %Y log) = 981173106
+        printf z > new && truncate -s 5000 new && printf tail >> new
+        ",
+    );
+    let lines: String = (1..=300).map(|n| format!("{n}\n")).collect();
+    assert_eq!(fs::read_to_string(m.source.join("log")).unwrap(), lines);
+    assert_eq!(fs::metadata(m.source.join("log")).unwrap().mtime(), 981_173_106);
+    let parts = fs::read(m.source.join("parts")).unwrap();
+    assert_eq!((parts.len(), parts[4499], parts[4500], parts[9000]), (9001, b'.', b'x', b'y'));
+    let new = fs::read(m.source.join("new")).unwrap();
+    assert_eq!((new.len(), new[0], &new[5000..]), (5004, b'z', &b"tail"[..]));
+    assert!(new[1..5000].iter().all(|b| *b == 0));
+}
+
+#[test]
 fn mapped_files_and_locks_work() {
     let Some(m) = mount(None, |_| {}) else { return };
     sh(
