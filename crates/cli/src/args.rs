@@ -90,8 +90,9 @@ pub struct Run {
 
     /// Share a host directory at a path of the guest, `:ro` if the guest may not change it. `:cache=always` if
     /// nobody else changes it meanwhile, `:cache=writeback` if nobody else looks at it either, `:cache=never` if each
-    /// side must see the other's changes at once, not within a second.
-    #[arg(long = "volume", value_name = "HOST:GUEST[:ro][:cache=HOW]", value_parser = os_parser(volume))]
+    /// side must see the other's changes at once, not within a second; `:locks` if locks of guest and host are to
+    /// exclude each other.
+    #[arg(long = "volume", value_name = "HOST:GUEST[:ro][:cache=HOW][:locks]", value_parser = os_parser(volume))]
     pub volumes: Vec<Volume>,
 
     /// Disk image that becomes the guest's root, with options as for --disk. Its file system is found by trying;
@@ -210,6 +211,8 @@ pub struct Volume {
     pub read_only: bool,
     /// What the guest keeps of it.
     pub cache: krun::Cache,
+    /// Locks of both sides exclude each other.
+    pub locks: bool,
 }
 
 /// A value parser from a function on bytes.
@@ -219,13 +222,14 @@ fn os_parser<T: Clone + Send + Sync + 'static>(parse: fn(&OsStr) -> Result<T, St
 
 fn volume(text: &OsStr) -> Result<Volume, String> {
     let mut bytes = text.as_bytes();
-    let (mut read_only, mut cache) = (false, krun::Cache::Auto);
+    let (mut read_only, mut cache, mut locks) = (false, krun::Cache::Auto, false);
     let (host, guest) = loop {
         let split = bytes.iter().rposition(|b| *b == b':');
         let at = split.ok_or("write HOST:GUEST, and options after that")?;
         match &bytes[at + 1..] {
             b"ro" => read_only = true,
             b"rw" => {}
+            b"locks" => locks = true,
             b"cache=never" => cache = krun::Cache::Never,
             b"cache=auto" => {}
             b"cache=always" => cache = krun::Cache::Always,
@@ -244,7 +248,7 @@ fn volume(text: &OsStr) -> Result<Volume, String> {
     if !guest.starts_with(b"/") {
         return Err("the path in the guest must be absolute".into());
     }
-    Ok(Volume { host: path(host), guest: path(guest), read_only, cache })
+    Ok(Volume { host: path(host), guest: path(guest), read_only, cache, locks })
 }
 
 fn vsock(text: &OsStr) -> Result<krun::VsockPort, String> {
@@ -308,12 +312,13 @@ mod tests {
     fn volumes() {
         use krun::Cache;
         let v = |h: &str, g: &str, read_only, cache| {
-            Ok(Volume { host: h.into(), guest: g.into(), read_only, cache })
+            Ok(Volume { host: h.into(), guest: g.into(), read_only, cache, locks: false })
         };
         assert_eq!(volume(OsStr::new("/a:/b")), v("/a", "/b", false, Cache::Auto));
         assert_eq!(volume(OsStr::new("a:b:/c:ro")), v("a:b", "/c", true, Cache::Auto));
         assert_eq!(volume(OsStr::new("a:/c:cache=writeback")), v("a", "/c", false, Cache::WriteBack));
         assert_eq!(volume(OsStr::new("a:/c:cache=never:ro")), v("a", "/c", true, Cache::Never));
+        assert!(volume(OsStr::new("a:/c:locks:ro")).unwrap().locks);
         for bad in ["/a", ":/b", "/a:b", "/a:", "/a:ro", "/a:/b:cache=some", "/a:/b:cache=", "ro"] {
             assert!(volume(OsStr::new(bad)).is_err(), "{bad}");
         }

@@ -142,6 +142,7 @@ fn shares(args: &Run) -> Result<Vec<Share>, String> {
         shares.push(Share {
             read_only: volume.read_only,
             cache: volume.cache,
+            locks: volume.locks,
             mount: Some(volume.guest.clone()),
             ..Share::new(format!("volume{n}"), &volume.host)
         });

@@ -167,6 +167,7 @@ fn share_device(
             Cache::Always => fs::CachePolicy::ALWAYS,
             Cache::WriteBack => fs::CachePolicy::WRITE_BACK,
         },
+        share_locks: share.locks,
         quota: quota.clone(),
     };
     Ok(Box::new(fs::Fs::new(spec)?))

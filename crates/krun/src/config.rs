@@ -107,6 +107,9 @@ pub struct Share {
     pub read_only: bool,
     /// For how long the guest believes what it knows of it.
     pub cache: Cache,
+    /// Locks of the guest's programs and of this host's exclude each other. Whoever waits for one in the guest cannot
+    /// be interrupted in that, not even by a kill.
+    pub locks: bool,
     /// Bytes of DAX window. There is none yet, and this has no effect.
     pub shm_size: Option<u64>,
     /// Files and directories that only the guest sees.
@@ -123,6 +126,7 @@ impl Share {
             source: Some(source.into()),
             read_only: false,
             cache: Cache::Auto,
+            locks: false,
             shm_size: None,
             overlays: Vec::new(),
             mount: None,

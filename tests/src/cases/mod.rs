@@ -25,6 +25,7 @@ mod programs;
 mod several;
 mod share_cache;
 mod share_faults;
+mod share_locks;
 mod shares;
 mod signals;
 mod stdio;
@@ -46,6 +47,7 @@ pub const ALL: &[Case] = &[
     share_faults::SPACE,
     share_faults::CHANGES,
     share_faults::GONE,
+    share_locks::CASE,
     suites::PJDFSTEST,
     suites::FSX,
     init::CASE,

@@ -5,6 +5,8 @@
 
 use bitflags::bitflags;
 
+use super::sys::locks::Record;
+
 /// Protocol generation.
 pub const MAJOR: u32 = 7;
 /// Newest revision of the protocol known here.
@@ -51,6 +53,9 @@ pub mod op {
     pub const READDIR: u32 = 28;
     pub const RELEASEDIR: u32 = 29;
     pub const FSYNCDIR: u32 = 30;
+    pub const GETLK: u32 = 31;
+    pub const SETLK: u32 = 32;
+    pub const SETLKW: u32 = 33;
     pub const ACCESS: u32 = 34;
     pub const CREATE: u32 = 35;
     pub const INTERRUPT: u32 = 36;
@@ -172,6 +177,8 @@ pub const WRITE_KILL_SUIDGID: u32 = 4;
 pub const GETATTR_FH: u32 = 1;
 /// `fsync_flags`: data only.
 pub const FSYNC_FDATASYNC: u32 = 1;
+/// `lk_flags`: a BSD lock.
+pub const LK_FLOCK: u32 = 1;
 /// `setxattr_flags`: clear the set-group-id bit as well.
 pub const SETXATTR_ACL_KILL_SGID: u32 = 1;
 
@@ -332,6 +339,13 @@ pub trait Put {
         self.u32(valid.entry.subsec_nanos());
         self.u32(valid.attr.subsec_nanos());
         self.attr(a);
+    }
+    /// Appends `struct fuse_lk_out`. Whose lock it is, the guest cannot know.
+    fn lock(&mut self, lock: Record) {
+        self.u64(lock.start);
+        self.u64(lock.end);
+        self.u32(lock.kind);
+        self.u32(0);
     }
     /// Appends `struct fuse_open_out`.
     fn open(&mut self, fh: u64, flags: u32) {

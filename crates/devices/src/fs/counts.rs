@@ -11,7 +11,7 @@ const CODES: usize = 56;
 pub struct Counts([u64; CODES]);
 
 /// Names by operation code, of those that guests use; the others are shown as numbers.
-const NAMES: [(u32, &str); 41] = [
+const NAMES: [(u32, &str); 44] = [
     (1, "lookup"),
     (2, "forget"),
     (3, "getattr"),
@@ -40,6 +40,9 @@ const NAMES: [(u32, &str); 41] = [
     (28, "readdir"),
     (29, "releasedir"),
     (30, "fsyncdir"),
+    (31, "getlk"),
+    (32, "setlk"),
+    (33, "setlkw"),
     (34, "access"),
     (35, "create"),
     (36, "interrupt"),

@@ -1,11 +1,15 @@
 //! The virtio side: configuration space and queues.
 
+use std::os::fd::AsFd;
 use std::sync::Arc;
+use std::time::Duration;
 
-use krun_virtio::{ConfigSpace, Cx, DeviceError, DeviceInfo, VirtioDevice};
+use krun_event::{Interest, Ready};
+use krun_virtio::{Chain, ConfigSpace, Cx, DeviceError, DeviceInfo, VirtioDevice};
 
 use super::server::Server;
 use super::{ExitSink, FsError, FsSpec, TAG_MAX, setup};
+use crate::sys::Timer;
 
 /// Virtio device id of a file system.
 const DEVICE_ID: u32 = 26;
@@ -15,6 +19,11 @@ const HIPRIO_SIZE: u16 = 128;
 const REQUEST_SIZE: u16 = 1024;
 /// Transfers from this size on are reported to the guest at once, not with the next ones.
 const EAGER: u32 = 128 << 10;
+/// Requests that may wait for a lock; what follows needs room in the queue as well.
+const WAITING_MAX: usize = 64;
+/// How often a lock that is waited for is tried.
+const RETRY: Duration = Duration::from_millis(20);
+const RETRY_TOKEN: u64 = 0;
 
 /// A file-system device.
 #[derive(Debug)]
@@ -22,6 +31,11 @@ pub struct Fs {
     tag: String,
     server: Server,
     config: Arc<Config>,
+    /// Requests that wait for a lock, with their queues, and what wakes them; only where locks are shared.
+    waiting: Vec<(usize, Chain)>,
+    retry: Option<Timer>,
+    /// The timer is set.
+    is_set: bool,
 }
 
 /// `struct virtio_fs_config`.
@@ -55,8 +69,11 @@ impl Fs {
     /// See [`FsError`].
     pub fn new(spec: FsSpec) -> Result<Self, FsError> {
         let share = setup::share(&spec)?;
+        let fail = |source| FsError::Host { what: format!("{:?} without a timer", spec.tag), source };
+        let retry = spec.share_locks.then(Timer::new).transpose().map_err(fail)?;
         let server = Server::new(share, spec.exit_code.map(ExitSink));
-        Ok(Self { config: Arc::new(Config::new(&spec.tag)), tag: spec.tag, server })
+        let config = Arc::new(Config::new(&spec.tag));
+        Ok(Self { config, tag: spec.tag, server, waiting: Vec::new(), retry, is_set: false })
     }
 
     /// The name by which the guest mounts it.
@@ -69,6 +86,45 @@ impl Fs {
             what: format!("cannot give the thread of share {:?} an identity of its own", self.tag),
             source,
         })
+    }
+
+    fn serve(&mut self, queue: usize, chain: Chain, cx: &mut Cx<'_>) -> Result<(), DeviceError> {
+        let mut reader = chain.reader(cx.memory());
+        let writer = chain.writer(cx.memory());
+        self.server.let_wait(self.retry.is_some() && self.waiting.len() < WAITING_MAX);
+        let written = self.server.serve(&mut reader, writer)?;
+        if self.server.waits() {
+            self.waiting.push((queue, chain));
+            return Ok(());
+        }
+        let moved = written.max(reader.consumed() as u32);
+        cx.complete(queue, chain, written)?;
+        if moved >= EAGER {
+            cx.flush(queue)?;
+        }
+        Ok(())
+    }
+
+    /// Serves those that wait once more, from the start.
+    fn try_again(&mut self, cx: &mut Cx<'_>) -> Result<(), DeviceError> {
+        for (queue, chain) in std::mem::take(&mut self.waiting) {
+            self.serve(queue, chain, cx)?;
+        }
+        Ok(())
+    }
+
+    /// Sets the timer if anything waits: locks of the host are given back without a word.
+    fn plan(&mut self) -> Result<(), DeviceError> {
+        let Some(timer) = self.retry.as_ref().filter(|_| !self.waiting.is_empty() && !self.is_set) else {
+            return Ok(());
+        };
+        timer.set(RETRY).map_err(|source| self.failed("setting the timer", source))?;
+        self.is_set = true;
+        Ok(())
+    }
+
+    fn failed(&self, what: &str, source: std::io::Error) -> DeviceError {
+        DeviceError::Host { what: format!("{what} of share {:?}", self.tag), source }
     }
 }
 
@@ -87,26 +143,37 @@ impl VirtioDevice for Fs {
         Arc::clone(&self.config) as Arc<dyn ConfigSpace>
     }
 
-    fn start(&mut self, _cx: &mut Cx<'_>) -> Result<(), DeviceError> {
+    fn start(&mut self, cx: &mut Cx<'_>) -> Result<(), DeviceError> {
+        if let Some(timer) = &self.retry {
+            let watched = cx.watch(&timer.as_fd(), RETRY_TOKEN, Interest::Read);
+            watched.map_err(|source| self.failed("watching the timer", source))?;
+        }
         self.attach()
     }
 
     fn on_queue(&mut self, queue: usize, cx: &mut Cx<'_>) -> Result<(), DeviceError> {
         self.attach()?;
         while let Some(chain) = cx.pop(queue)? {
-            let mut reader = chain.reader(cx.memory());
-            let writer = chain.writer(cx.memory());
-            let written = self.server.serve(&mut reader, writer)?;
-            let moved = written.max(reader.consumed() as u32);
-            cx.complete(queue, chain, written)?;
-            if moved >= EAGER {
-                cx.flush(queue)?;
-            }
+            self.serve(queue, chain, cx)?;
         }
-        Ok(())
+        if self.server.gave_lock_back() {
+            self.try_again(cx)?;
+        }
+        self.plan()
+    }
+
+    fn on_event(&mut self, _ready: Ready, cx: &mut Cx<'_>) -> Result<(), DeviceError> {
+        if let Some(timer) = &self.retry {
+            timer.take();
+        }
+        self.is_set = false;
+        self.attach()?;
+        self.try_again(cx)?;
+        self.plan()
     }
 
     fn stop(&mut self) {
+        self.waiting.clear();
         tracing::debug!(tag = self.tag, "{}", self.server.take_counts());
         self.server.reset();
     }
@@ -169,7 +236,7 @@ mod fuzz {
         let directory = directory();
         let all = [
             spec(None, false, CachePolicy::AUTO, &overlays),
-            spec(directory.clone(), true, CachePolicy::NEVER, &overlays),
+            FsSpec { share_locks: true, ..spec(directory.clone(), true, CachePolicy::NEVER, &overlays) },
             // Read by node, without OPEN.
             spec(directory.clone(), true, CachePolicy::ALWAYS, &overlays[..2]),
         ];

@@ -86,6 +86,11 @@ impl Handles {
         Ok(self.last)
     }
 
+    /// What the guest may have open.
+    pub fn quota(&self) -> &Quota {
+        &self.quota
+    }
+
     /// A handle.
     ///
     /// # Errors

@@ -13,7 +13,7 @@
 //! what the host changes, and from the host for a while what the guest wrote.
 //!
 //! What a guest should know: POSIX and BSD locks are its own affair (they work between its processes, and do
-//! not reach the host); a share that is read-only answers EROFS, but the mount shows `ro` only if the guest
+//! not reach the host) unless [`FsSpec::share_locks`] says otherwise; a share that is read-only answers EROFS, but the mount shows `ro` only if the guest
 //! mounts it so; new files belong to the guest's user where this process has `CAP_SETUID` and
 //! `CAP_SETGID`, else to the user it runs as.
 
@@ -124,6 +124,9 @@ pub struct FsSpec {
     pub shm_size: Option<u64>,
     /// How much the guest caches.
     pub cache: CachePolicy,
+    /// Locks of the guest and of the host's programs exclude each other. A guest that waits for one cannot be
+    /// interrupted in that.
+    pub share_locks: bool,
     /// How many inodes and open files the guest may have here; one for all of its shares.
     pub quota: Quota,
 }

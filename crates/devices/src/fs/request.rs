@@ -6,6 +6,7 @@ use std::ffi::CStr;
 use rustix::io::Errno;
 
 use super::abi::{self, Fattr, InHeader, NAME_MAX, PATH_MAX, Time, XATTR_MAX, op};
+use super::sys::locks::Record;
 
 /// Largest request taken into memory, bulk data of WRITE aside: the biggest extended attribute, its
 /// name and the fixed parts.
@@ -87,6 +88,19 @@ pub struct SetAttr {
     pub mode: u32,
     pub uid: u32,
     pub gid: u32,
+}
+
+/// GETLK, SETLK, SETLKW.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[allow(missing_docs)]
+pub struct Lock {
+    pub fh: u64,
+    pub owner: u64,
+    pub record: Record,
+    /// A BSD lock on the whole file.
+    pub is_flock: bool,
+    /// It is waited for.
+    pub waits: bool,
 }
 
 /// The pairs of a BATCH_FORGET.
@@ -197,7 +211,10 @@ pub enum Request<'a> {
     },
     Flush {
         fh: u64,
+        owner: u64,
     },
+    GetLock(Lock),
+    SetLock(Lock),
     SetXattr {
         name: &'a CStr,
         value: &'a [u8],
@@ -343,7 +360,12 @@ impl<'a> Request<'a> {
         Ok(match opcode {
             op::RELEASE => Self::Release { fh: b.u64()? },
             op::RELEASEDIR => Self::ReleaseDir { fh: b.u64()? },
-            op::FLUSH => Self::Flush { fh: b.u64()? },
+            op::FLUSH => {
+                let (fh, _, _) = (b.u64()?, b.u32()?, b.u32()?);
+                Self::Flush { fh, owner: b.u64()? }
+            }
+            op::GETLK => Self::GetLock(Self::lock(b, false)?),
+            op::SETLK | op::SETLKW => Self::SetLock(Self::lock(b, opcode == op::SETLKW)?),
             op::FSYNC => Self::Fsync { fh: b.u64()?, data_only: b.u32()? & abi::FSYNC_FDATASYNC != 0 },
             op::FSYNCDIR => Self::FsyncDir { fh: b.u64()?, data_only: b.u32()? & abi::FSYNC_FDATASYNC != 0 },
             op::READDIR | op::READDIRPLUS => {
@@ -364,6 +386,13 @@ impl<'a> Request<'a> {
             }
             _ => Self::Unserved,
         })
+    }
+
+    fn lock(b: &mut Body<'a>, waits: bool) -> Parsed<Lock> {
+        let (fh, owner) = (b.u64()?, b.u64()?);
+        let (start, end, kind, _pid) = (b.u64()?, b.u64()?, b.u32()?, b.u32()?);
+        let is_flock = b.u32()? & abi::LK_FLOCK != 0;
+        Ok(Lock { fh, owner, record: Record { kind, start, end }, is_flock, waits })
     }
 
     fn init(b: &mut Body<'a>) -> Parsed<Self> {

@@ -39,6 +39,9 @@ pub struct Server {
     exit: Option<ExitSink>,
     session: Session,
     counts: Counts,
+    /// Requests may wait for a lock, and the last one does.
+    may_wait: bool,
+    waits: bool,
     /// Bodies of requests, and replies with their head; kept for the next.
     body: Vec<u8>,
     reply: Vec<u8>,
@@ -52,6 +55,8 @@ impl Server {
             exit,
             session: Session::default(),
             counts: Counts::default(),
+            may_wait: false,
+            waits: false,
             body: Vec::new(),
             reply: Vec::new(),
         }
@@ -74,6 +79,21 @@ impl Server {
     /// Requests since this was asked last.
     pub fn take_counts(&mut self) -> Counts {
         std::mem::take(&mut self.counts)
+    }
+
+    /// Whether the caller can serve a request again that has to wait; without, it is refused.
+    pub fn let_wait(&mut self, may_wait: bool) {
+        self.may_wait = may_wait;
+    }
+
+    /// Whether the last request has to wait for a lock: it was not answered, and is to be served again later.
+    pub fn waits(&self) -> bool {
+        self.waits
+    }
+
+    /// Whether a lock was given back since this was asked last.
+    pub fn gave_lock_back(&mut self) -> bool {
+        self.share.gave_lock_back()
     }
 
     /// Forgets the guest.
@@ -109,12 +129,14 @@ impl Server {
                 head.opcode
             )));
         }
+        self.waits = false;
         let result = match head.opcode {
             op::READ => self.read(&head, source, &mut sink),
             _ => self.buffered(&head, source, sink.remaining()),
         };
         let len = match result {
             Ok(Done::Stored(len)) => return Ok(len),
+            Err(_) if self.waits => return Ok(0),
             Ok(Done::Reply) => {
                 let len = self.reply.len() as u32;
                 self.reply[..OUT_HEADER].copy_from_slice(&out_header(len, 0, head.unique));
@@ -331,7 +353,20 @@ impl Server {
             Request::Fsync { fh, data_only } | Request::FsyncDir { fh, data_only } => {
                 share.fsync(fh, data_only)?;
             }
-            Request::Flush { fh } => share.flush(fh)?,
+            Request::Flush { fh, owner } => {
+                share.drop_locks(node, owner);
+                share.flush(fh)?;
+            }
+            Request::GetLock(_) | Request::SetLock(_) if !share.shares_locks() => return Err(Errno::NOSYS),
+            Request::GetLock(lock) => out.lock(share.get_lock(node, &lock)?),
+            Request::SetLock(lock) => match share.set_lock(node, &lock) {
+                Err(Errno::AGAIN) if lock.waits && !self.may_wait => return Err(Errno::NOLCK),
+                Err(Errno::AGAIN) if lock.waits => {
+                    self.waits = true;
+                    return Err(Errno::AGAIN);
+                }
+                r => r?,
+            },
             Request::Fallocate { fh, offset, length, mode } => share.fallocate(fh, offset, length, mode)?,
             Request::Lseek { fh, offset, whence } => out.u64(share.lseek(node, fh, offset, whence)?),
             Request::CopyFileRange { fh_in, off_in, fh_out, off_out, len } => {
@@ -386,6 +421,9 @@ impl Server {
             DataCache::WriteBack if !self.share.is_read_only() => wanted |= InitFlags::WRITEBACK_CACHE,
             DataCache::WriteBack | DataCache::Always => {}
             _ => wanted |= InitFlags::AUTO_INVAL_DATA,
+        }
+        if self.share.shares_locks() {
+            wanted |= InitFlags::POSIX_LOCKS | InitFlags::FLOCK_LOCKS;
         }
         let agreed = wanted & offered;
         self.share.set_write_back(agreed.contains(InitFlags::WRITEBACK_CACHE));

@@ -145,8 +145,12 @@ pub fn share_with(spec: &FsSpec, limits: Limits) -> Result<Share, FsError> {
     for overlay in &spec.overlays {
         add_overlay(&mut overlays, root.as_ref(), overlay)?;
     }
-    Share::new(root, overlays, fds, spec.cache, spec.read_only, limits)
-        .map_err(|e| FsError::Host { what: format!("{:?}", spec.tag), source: e.into() })
+    let mut share = Share::new(root, overlays, fds, spec.cache, spec.read_only, limits)
+        .map_err(|e| FsError::Host { what: format!("{:?}", spec.tag), source: e.into() })?;
+    if spec.share_locks {
+        share.share_locks();
+    }
+    Ok(share)
 }
 
 fn open_source(path: &Path) -> Result<Root, FsError> {

@@ -15,6 +15,7 @@
 mod attr;
 mod dir;
 mod file;
+mod locks;
 mod names;
 mod pseudo;
 mod stat;
@@ -94,6 +95,11 @@ pub struct Share {
     caller: Option<(Caller, ThreadId)>,
     cache: CachePolicy,
     read_only: bool,
+    /// Guest and host see each other's locks.
+    share_locks: bool,
+    owners: locks::Owners,
+    /// A lock was given back.
+    lock_free: bool,
     /// The guest writes back from its page cache.
     write_back: bool,
     reads: Reads,
@@ -194,6 +200,9 @@ impl Share {
             caller: None,
             cache,
             read_only,
+            share_locks: false,
+            owners: locks::Owners::new(),
+            lock_free: false,
             write_back: false,
             reads: Reads::default(),
             devices,
@@ -216,6 +225,8 @@ impl Share {
 
     /// Forgets all that the guest knows and closes its files.
     pub fn reset(&mut self) {
+        self.handles.quota().give(self.owners.len());
+        self.owners.clear();
         self.handles.clear();
         self.reads.clear();
         self.inodes.clear();
@@ -232,10 +243,18 @@ impl Share {
         self.read_only
     }
 
+    /// Guest and host are to see each other's locks.
+    pub fn share_locks(&mut self) {
+        self.share_locks = true;
+    }
+
     /// Whether files may be read without having been opened: nothing can be changed, nobody counts on seeing
-    /// the open, and the guest may keep pages for longer than one.
+    /// the open or on locks, and the guest may keep pages for longer than one.
     pub fn reads_unopened(&self) -> bool {
-        self.read_only && self.cache.data != DataCache::Never && !self.overlays.has_one_shot()
+        self.read_only
+            && !self.share_locks
+            && self.cache.data != DataCache::Never
+            && !self.overlays.has_one_shot()
     }
 
     /// How much the guest may cache.
@@ -265,6 +284,7 @@ impl Share {
     pub fn forget(&mut self, node: u64, n: u64) {
         self.inodes.forget(node, n);
         if self.inodes.get(node).is_err() {
+            self.drop_all_locks(node);
             self.reads.forget(node);
         }
     }
@@ -464,6 +484,8 @@ impl Share {
     /// # Errors
     /// EBADF.
     pub fn release(&mut self, fh: u64) -> Result<()> {
+        // With the file goes a BSD lock on it.
+        self.lock_free |= self.share_locks;
         let node = match self.handles.remove(fh).ok_or(Errno::BADF)? {
             Handle::File { node, .. } => node,
             Handle::Dir(dir) => dir.node,
@@ -507,7 +529,7 @@ impl Share {
             DataCache::CloseToOpen => 0,
         };
         let close_tells = self.devices.get(&st.id.key.dev).is_none_or(|d| d.close_tells);
-        if writable && close_tells { pages } else { pages | FOPEN_NOFLUSH }
+        if writable && close_tells || self.share_locks { pages } else { pages | FOPEN_NOFLUSH }
     }
 
     /// Writes out the file system of the share.

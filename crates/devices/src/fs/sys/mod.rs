@@ -2,6 +2,7 @@
 #![allow(unsafe_code)]
 
 mod caller;
+pub mod locks;
 
 use std::ffi::CStr;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, IntoRawFd, OwnedFd};

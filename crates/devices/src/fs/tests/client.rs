@@ -141,6 +141,10 @@ impl Client {
             let sink = FlatSink::new([a, b, c].into_iter().map(VolatileSlice::from).collect());
             self.server.serve(&mut source, sink).unwrap() as usize
         };
+        if self.server.waits() {
+            assert_eq!(written, 0);
+            return Err(libc::EINPROGRESS);
+        }
         if !crate::fs::request::Request::wants_reply(op) {
             assert_eq!(written, 0);
             return Ok(Vec::new());

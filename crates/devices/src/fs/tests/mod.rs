@@ -3,6 +3,7 @@
 mod client;
 mod confine;
 mod kernel;
+mod locks;
 mod mounts;
 mod ops;
 mod overlays;
