@@ -12,7 +12,7 @@ use krun::Share;
 pub const CASE: Case = Case { name: "share_locks", host, guest: no_guest };
 
 const GUEST: &str = r#"
-import fcntl, os, subprocess, sys
+import fcntl, os, struct, subprocess, sys
 def wait(word): print(word, flush=True); sys.stdin.readline()
 def attempt(what, call, f, how):
     try: call(f, how); print(what, "got it", flush=True)
@@ -34,6 +34,11 @@ except subprocess.TimeoutExpired: pass
 open("/media/file").close()
 child.wait()
 wait("closed")
+own = open("/media/file", "r+b")
+fcntl.fcntl(own, 37, struct.pack("hhqqi", fcntl.F_WRLCK, 0, 0, 0, 0)) # F_OFD_SETLK
+wait("held by a file")
+own.close()
+wait("closed that file")
 "#;
 
 fn host(env: &Env) -> Result<(), Failure> {
@@ -67,12 +72,24 @@ fn host(env: &Env) -> Result<(), Failure> {
     // The owner closed the file once, as fcntl(2) has it; the BSD lock is still there.
     fcntl_lock(&file, FlockOperation::NonBlockingLockExclusive)?;
     same("flock here", flock(&file, FlockOperation::NonBlockingLockShared).is_err(), true)?;
+    fcntl_lock(&file, FlockOperation::Unlock)?;
+    go(&mut captured)?;
+    captured.wait_for_output("held by a file\n")?;
+    same("a record lock here", fcntl_lock(&file, FlockOperation::NonBlockingLockShared).is_err(), true)?;
+    go(&mut captured)?;
+    captured.wait_for_output("closed that file\n")?;
+    // The guest's kernel tells of it in its own time.
+    let told = (0..100).any(|_| {
+        std::thread::sleep(Duration::from_millis(20));
+        fcntl_lock(&file, FlockOperation::NonBlockingLockShared).is_ok()
+    });
+    same("the lock of a file that was closed is gone", told, true)?;
     go(&mut captured)?;
     let output = captured.finish()?.success()?;
     let busy = "Resource temporarily unavailable";
     let expected = format!(
         "flock {busy}\nflock {busy}\nwaiting\nflock got it\nheld\nrecord {busy}\nwaiting again\nrecord got it\n\
-         held again\nother\nclosed\n"
+         held again\nother\nclosed\nheld by a file\nclosed that file\n"
     );
     same("what the guest saw", output.out(), expected)?;
     flock(&file, FlockOperation::NonBlockingLockExclusive)?;

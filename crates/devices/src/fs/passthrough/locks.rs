@@ -2,7 +2,8 @@
 //!
 //! A BSD lock is the host's on the guest's open file. A record lock of the guest has an owner, a process of the guest;
 //! each owner gets an open file of its own on the host, on which its locks are. Without FLUSH, which tells that an
-//! owner has closed the file, locks would stay; so files of such a share are opened without `FOPEN_NOFLUSH`.
+//! owner has closed the file, locks would stay; so files of such a share are opened without `FOPEN_NOFLUSH`. Linux does
+//! not tell so of an open file that is itself the owner (`F_OFD_SETLK`); its locks go with its RELEASE.
 
 use std::os::fd::OwnedFd;
 
@@ -15,8 +16,8 @@ use crate::fs::inodes::What;
 use crate::fs::request::Lock;
 use crate::fs::sys::locks::{self, Record};
 
-/// Open files that owners have their locks on, by node and owner.
-pub type Owners = std::collections::BTreeMap<(u64, u64), OwnedFd>;
+/// Open files that owners have their locks on, by node and owner, each with the guest's handle that it was made for.
+pub type Owners = std::collections::BTreeMap<(u64, u64), (OwnedFd, u64)>;
 
 impl Share {
     /// Whether guest and host see each other's locks.
@@ -47,10 +48,12 @@ impl Share {
             return rustix::fs::flock(&fd, how);
         }
         if lock.record.kind == libc::F_UNLCK as u32 {
-            return self.owners.get(&(node, lock.owner)).map_or(Ok(()), |fd| locks::set(fd, lock.record));
+            return match self.owners.get(&(node, lock.owner)) {
+                Some((fd, _)) => locks::set(fd, lock.record),
+                None => Ok(()),
+            };
         }
-        self.owner(node, lock)?;
-        self.owners.get(&(node, lock.owner)).ok_or(Errno::NOLCK).and_then(|fd| locks::set(fd, lock.record))
+        locks::set(self.owner(node, lock)?, lock.record)
     }
 
     /// What is in the way of a record lock.
@@ -58,15 +61,19 @@ impl Share {
     /// # Errors
     /// The host's reason.
     pub fn get_lock(&mut self, node: u64, lock: &Lock) -> Result<Record> {
-        self.owner(node, lock)?;
-        self.owners.get(&(node, lock.owner)).ok_or(Errno::NOLCK).and_then(|fd| locks::get(fd, lock.record))
+        locks::get(self.owner(node, lock)?, lock.record)
     }
 
-    /// Makes sure that the owner has an open file.
-    fn owner(&mut self, node: u64, lock: &Lock) -> Result<()> {
-        if self.owners.contains_key(&(node, lock.owner)) {
-            return Ok(());
+    /// The owner's open file.
+    fn owner(&mut self, node: u64, lock: &Lock) -> Result<&OwnedFd> {
+        if !self.owners.contains_key(&(node, lock.owner)) {
+            let fd = self.open_for_owner(node, lock)?;
+            self.owners.insert((node, lock.owner), (fd, lock.fh));
         }
+        self.owners.get(&(node, lock.owner)).map(|(fd, _)| fd).ok_or(Errno::NOLCK)
+    }
+
+    fn open_for_owner(&mut self, node: u64, lock: &Lock) -> Result<OwnedFd> {
         // Only what the guest has open itself, so that nothing is opened for its sake.
         match (self.handles.get(lock.fh)?, &self.inodes.get(node)?.what) {
             (Handle::File { node: opened, .. }, What::Host(_)) if *opened == node => {}
@@ -77,16 +84,7 @@ impl Share {
             Err(Errno::ACCESS | Errno::ROFS | Errno::TXTBSY) => self.reopen(node, OFlags::RDONLY),
             r => r,
         };
-        match opened {
-            Ok(fd) => {
-                self.owners.insert((node, lock.owner), fd);
-                Ok(())
-            }
-            Err(e) => {
-                self.handles.quota().give(1);
-                Err(e)
-            }
-        }
+        opened.inspect_err(|_| self.handles.quota().give(1))
     }
 
     /// The owner has closed the file once: its locks are gone (fcntl(2)).
@@ -97,9 +95,11 @@ impl Share {
         }
     }
 
-    /// Drops the locks of all owners on `node`.
-    pub fn drop_all_locks(&mut self, node: u64) {
-        let owners: Vec<_> = self.owners.range((node, 0)..=(node, u64::MAX)).map(|(key, _)| *key).collect();
+    /// Drops the locks of all owners on `node`, or of those that have them through the handle `fh`.
+    pub fn drop_all_locks(&mut self, node: u64, fh: Option<u64>) {
+        let all = self.owners.range((node, 0)..=(node, u64::MAX));
+        let owners: Vec<_> =
+            all.filter(|(_, (_, by))| fh.is_none_or(|fh| fh == *by)).map(|(key, _)| *key).collect();
         owners.into_iter().for_each(|(node, owner)| self.drop_locks(node, owner));
     }
 }

@@ -284,7 +284,7 @@ impl Share {
     pub fn forget(&mut self, node: u64, n: u64) {
         self.inodes.forget(node, n);
         if self.inodes.get(node).is_err() {
-            self.drop_all_locks(node);
+            self.drop_all_locks(node, None);
             self.reads.forget(node);
         }
     }
@@ -494,6 +494,7 @@ impl Share {
                 return Ok(());
             }
         };
+        self.drop_all_locks(node, Some(fh));
         if let Some(host) = self.inodes.host_mut(node) {
             host.open.retain(|h| *h != fh);
         }

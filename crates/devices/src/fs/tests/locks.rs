@@ -50,6 +50,14 @@ fn record_locks_of_guest_and_host_exclude_each_other() {
     set(&mut c, 2, (0, TO_THE_END, NONE)).unwrap();
     locks::set(&file, all).unwrap();
     assert_eq!(set(&mut c, 1, (0, 0, READ)), Err(libc::EAGAIN));
+    // An open file that owns its locks goes without a FLUSH.
+    drop(file);
+    let (own, _) = c.open(node, libc::O_RDWR).unwrap();
+    c.call(op::SETLK, node, &[&body(own, 77, (0, 9, WRITE), 0)]).unwrap();
+    let file = host(&c);
+    assert_eq!(locks::set(&file, all), Err(Errno::AGAIN));
+    c.release(own).unwrap();
+    locks::set(&file, all).unwrap();
     // A guest that is gone holds nothing.
     drop(file);
     set(&mut c, 1, (0, 0, WRITE)).unwrap();
