@@ -4,11 +4,11 @@ use std::os::fd::AsFd;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
-use krun_event::{Interest, Poll, Ready};
+use krun_event::{Interest, Poll, Ready, Wake};
 use krun_memory::GuestMemory;
 
 use crate::chain::Chain;
-use crate::queue::{Queue, QueueError};
+use crate::queue::{Queue, QueueAddresses, QueueError};
 
 /// A shared memory region that a device offers (virtio 1.2, section 2.10).
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -77,6 +77,7 @@ pub enum DeviceError {
 #[derive(Clone)]
 pub struct Interrupt {
     raise: Arc<dyn Fn(u32) + Send + Sync>,
+    direct: Option<Wake>,
 }
 
 impl Interrupt {
@@ -87,7 +88,19 @@ impl Interrupt {
 
     /// `raise` stores the bits in the interrupt status register and pulses the line.
     pub fn new(raise: impl Fn(u32) + Send + Sync + 'static) -> Self {
-        Self { raise: Arc::new(raise) }
+        Self { raise: Arc::new(raise), direct: None }
+    }
+
+    /// With the interrupt line itself, for a device that [serves elsewhere](VirtioDevice::serves_elsewhere): setting
+    /// it does what [`Self::used`] does.
+    #[must_use]
+    pub fn with_direct(self, line: Option<Wake>) -> Self {
+        Self { direct: line, ..self }
+    }
+
+    /// What another process can set in place of [`Self::used`], where this host has such a thing.
+    pub fn direct(&self) -> Option<&Wake> {
+        self.direct.as_ref()
     }
 
     /// Tells the driver about used buffers.
@@ -118,6 +131,7 @@ pub struct Cx<'a> {
     pub(crate) memory: &'a GuestMemory,
     pub(crate) features: u64,
     pub(crate) queues: &'a mut [Queue],
+    pub(crate) doorbells: &'a [Wake],
     pub(crate) left: &'a mut [u16],
     /// Somebody waits for the device's end.
     pub(crate) stop: &'a AtomicBool,
@@ -139,6 +153,11 @@ impl<'a> Cx<'a> {
         self.features & (1 << bit) != 0
     }
 
+    /// All features that the driver accepted.
+    pub fn features(&self) -> u64 {
+        self.features
+    }
+
     /// Number of queues (also those the driver did not enable).
     pub fn queue_count(&self) -> usize {
         self.queues.len()
@@ -147,6 +166,37 @@ impl<'a> Cx<'a> {
     /// Entries of `queue`, as many as the driver wants; 0 when it left the queue disabled.
     pub fn queue_size(&self, queue: usize) -> u16 {
         self.queues[queue].size()
+    }
+
+    /// Where the driver put `queue`; `None` when it left it disabled, or there is no such queue.
+    pub fn queue_addresses(&self, queue: usize) -> Option<QueueAddresses> {
+        self.queues.get(queue).filter(|q| q.is_enabled()).map(Queue::addresses)
+    }
+
+    /// What is set when the driver notifies `queue`, for a device that
+    /// [serves elsewhere](VirtioDevice::serves_elsewhere).
+    pub fn doorbell(&self, queue: usize) -> Option<&'a Wake> {
+        self.doorbells.get(queue)
+    }
+
+    /// `used.idx` of `queue` as it is in the guest's memory.
+    ///
+    /// # Errors
+    /// [`DeviceError::Queue`] when it cannot be read.
+    pub fn used_index(&self, queue: usize) -> Result<u16, DeviceError> {
+        self.queues[queue].used_index(self.memory).map_err(|source| DeviceError::Queue { queue, source })
+    }
+
+    /// Chains that the driver has made available in `queue` and that did not come back, going by the guest's memory
+    /// alone.
+    ///
+    /// # Errors
+    /// [`DeviceError::Queue`] when that cannot be read.
+    pub fn outstanding(&self, queue: usize) -> Result<u16, DeviceError> {
+        let q = &self.queues[queue];
+        let available =
+            q.available_index(self.memory).map_err(|source| DeviceError::Queue { queue, source })?;
+        Ok(available.wrapping_sub(self.used_index(queue)?))
     }
 
     /// Takes the next chain that the driver made available; `None` when there is none, or the driver
@@ -273,6 +323,12 @@ pub trait VirtioDevice: Send {
     fn info(&self) -> DeviceInfo;
     /// The configuration space, shared with the transport.
     fn config(&self) -> Arc<dyn ConfigSpace>;
+    /// Whether another process serves the queues; the same at every call. The worker then neither waits for
+    /// doorbells nor looks at rings: [`Self::start`] hands [`Cx::doorbell`] and [`Interrupt::direct`] on, and
+    /// [`Self::on_queue`] is not called. Of the ring's features only those in [`DeviceInfo::features`] are offered.
+    fn serves_elsewhere(&self) -> bool {
+        false
+    }
     /// The driver is ready.
     ///
     /// # Errors

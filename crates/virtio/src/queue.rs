@@ -251,6 +251,16 @@ impl Queue {
         self.ring.map_or_else(QueueAddresses::default, |r| r.addresses())
     }
 
+    /// `used.idx` as it is in memory; 0 when disabled.
+    pub(crate) fn used_index(&self, memory: &GuestMemory) -> Result<u16, QueueError> {
+        self.ring.map_or(Ok(0), |r| r.used_idx(memory))
+    }
+
+    /// `avail.idx` as it is in memory; 0 when disabled.
+    pub(crate) fn available_index(&self, memory: &GuestMemory) -> Result<u16, QueueError> {
+        self.ring.map_or(Ok(0), |r| r.avail_idx(memory))
+    }
+
     /// Chains taken and not yet completed.
     pub fn in_use(&self) -> u16 {
         self.state.next_avail.wrapping_sub(self.state.next_used)

@@ -126,6 +126,11 @@ impl Ring {
         store16(memory, self.at.used + USED_IDX, index, Ordering::Release)
     }
 
+    /// `used.idx`, where another process writes it.
+    pub(crate) fn used_idx(&self, memory: &GuestMemory) -> Result<u16, QueueError> {
+        load(memory, RingPart::Used, self.at.used + USED_IDX, Ordering::Acquire)
+    }
+
     /// `used.avail_event`: the device wants a notification for the buffer with this index.
     pub(crate) fn set_avail_event(&self, memory: &GuestMemory, index: u16) -> Result<(), QueueError> {
         let at = self.at.used + USED_RING + USED_ELEM * u64::from(self.size);

@@ -20,6 +20,9 @@ pub(crate) struct Engine {
     memory: GuestMemory,
     features: u64,
     queues: Vec<Queue>,
+    doorbells: Vec<Wake>,
+    /// Another process serves the queues.
+    elsewhere: bool,
     /// Queues for which a callback is due.
     due: Vec<bool>,
     /// Chains that the current callback may still take from each queue.
@@ -35,12 +38,13 @@ impl Engine {
         memory: GuestMemory,
         features: u64,
         queues: Vec<Queue>,
+        doorbells: Vec<Wake>,
         poll: Poll,
         interrupt: Interrupt,
     ) -> Self {
         let (due, left) = (vec![false; queues.len()], vec![0; queues.len()]);
-        let stop = Arc::default();
-        Self { device, memory, features, queues, due, left, stop, poll, interrupt }
+        let (stop, elsewhere) = (Arc::default(), device.serves_elsewhere());
+        Self { device, memory, features, queues, doorbells, elsewhere, due, left, stop, poll, interrupt }
     }
 
     /// Gives the device back.
@@ -58,13 +62,13 @@ impl Engine {
         &mut self,
         f: impl FnOnce(&mut dyn VirtioDevice, &mut Cx<'_>) -> Result<(), DeviceError>,
     ) -> Result<(), DeviceError> {
-        let Self { device, memory, features, queues, left, stop, poll, interrupt, .. } = self;
+        let Self { device, memory, features, queues, doorbells, left, stop, poll, interrupt, .. } = self;
         for (left, queue) in left.iter_mut().zip(queues.iter()) {
             *left = queue.size();
         }
-        let mut cx = Cx { memory, features: *features, queues, left, stop, poll, interrupt };
+        let mut cx = Cx { memory, features: *features, queues, doorbells, left, stop, poll, interrupt };
         f(device.as_mut(), &mut cx)?;
-        self.settle()
+        if self.elsewhere { Ok(()) } else { self.settle() }
     }
 
     /// After a callback: one interrupt for all that was completed, then the driver's notifications on
@@ -90,6 +94,9 @@ impl Engine {
     /// Starts the device and marks the queues that were filled before.
     pub(crate) fn start(&mut self) -> Result<(), DeviceError> {
         self.call(|device, cx| device.start(cx))?;
+        if self.elsewhere {
+            return Ok(());
+        }
         for (queue, q) in self.queues.iter_mut().enumerate() {
             let waiting =
                 q.is_waiting(&self.memory).map_err(|source| DeviceError::Queue { queue, source })?;
@@ -100,7 +107,7 @@ impl Engine {
 
     /// The driver rang the doorbell of `queue`.
     pub(crate) fn ring(&mut self, queue: usize) {
-        if self.queues.get(queue).is_some_and(Queue::is_enabled) {
+        if !self.elsewhere && self.queues.get(queue).is_some_and(Queue::is_enabled) {
             self.due[queue] = true;
         }
     }
@@ -176,13 +183,12 @@ impl Wish {
 /// says that one is wanted.
 pub(crate) fn run(
     mut engine: Engine,
-    doorbells: &[Wake],
     wish: &Wish,
     stop: &Wake,
     on_error: impl FnOnce(&DeviceError),
 ) -> (Box<dyn VirtioDevice>, Result<(), DeviceError>) {
     engine.stop = Arc::clone(&wish.stop);
-    let outcome = match until_stopped(&mut engine, doorbells, stop) {
+    let outcome = match until_stopped(&mut engine, stop) {
         Ok(()) if wish.drain.load(Ordering::Acquire) => engine.drain(),
         Ok(()) => Ok(()),
         Err(e) => {
@@ -195,9 +201,9 @@ pub(crate) fn run(
     (device, outcome)
 }
 
-fn until_stopped(engine: &mut Engine, doorbells: &[Wake], stop: &Wake) -> Result<(), DeviceError> {
+fn until_stopped(engine: &mut Engine, stop: &Wake) -> Result<(), DeviceError> {
     engine.watch_own(stop, STOP)?;
-    for (queue, wake) in doorbells.iter().enumerate() {
+    for (queue, wake) in engine.doorbells.iter().enumerate().filter(|_| !engine.elsewhere) {
         engine.watch_own(wake, DOORBELL + queue as u64)?;
     }
     engine.start()?;
@@ -221,7 +227,7 @@ fn until_stopped(engine: &mut Engine, doorbells: &[Wake], stop: &Wake) -> Result
             } else {
                 let queue = (r.token - DOORBELL) as usize;
                 // Cleared before the queue is looked at: a ring after this wakes the thread again.
-                doorbells[queue].take();
+                engine.doorbells[queue].take();
                 engine.ring(queue);
             }
         }

@@ -209,8 +209,12 @@ fn transport(
     irq: Irq,
     end: &Arc<End>,
 ) -> Result<MmioTransport, Error> {
+    let direct = irq.wake().cloned();
     let mut transport = MmioTransport::new(device, memory, page, move || irq.pulse(), failure(end))
         .map_err(|source| Error::Device { name: slot.name.clone(), source })?;
+    if let Some(line) = direct {
+        transport.set_direct_line(line);
+    }
     for window in &slot.shm {
         transport.place_shm(window.id, GuestAddress(window.at));
     }

@@ -107,6 +107,10 @@ struct Inner {
 /// vCPU that resets it. Interrupt status, doorbells and configuration space are served meanwhile.
 pub struct MmioTransport {
     info: DeviceInfo,
+    /// Another process serves the queues.
+    elsewhere: bool,
+    /// The interrupt line itself, for such a device.
+    direct: Option<Wake>,
     memory: GuestMemory,
     shared: Arc<Shared>,
     doorbells: Vec<Wake>,
@@ -134,7 +138,7 @@ impl MmioTransport {
         line: impl Fn() + Send + Sync + 'static,
         fail: impl Fn(String) + Send + Sync + 'static,
     ) -> std::io::Result<Self> {
-        let (info, config) = (device.info(), device.config());
+        let (info, config, elsewhere) = (device.info(), device.config(), device.serves_elsewhere());
         let doorbells = info.queue_sizes.iter().map(|_| Wake::new()).collect::<Result<_, _>>()?;
         let queues = vec![QueueRegs::default(); info.queue_sizes.len()];
         for (at, value) in [
@@ -148,6 +152,8 @@ impl MmioTransport {
         page.refresh(&*config);
         let transport = Self {
             info,
+            elsewhere,
+            direct: None,
             memory,
             shared: Arc::new(Shared { page, config, line: Box::new(line), fail: Box::new(fail) }),
             doorbells,
@@ -166,6 +172,15 @@ impl MmioTransport {
         }
     }
 
+    /// Gives the interrupt line itself to a device whose queues another process serves: what is set to pulse it. Of no
+    /// effect for others.
+    ///
+    /// The interrupt status of such a device says "used buffer" all the time, for who sets the line cannot write
+    /// there. A driver that looks into its queues when it need not finds nothing.
+    pub fn set_direct_line(&mut self, line: Wake) {
+        self.direct = Some(line).filter(|_| self.elsewhere);
+    }
+
     /// The device's facts.
     pub fn info(&self) -> &DeviceInfo {
         &self.info
@@ -179,10 +194,8 @@ impl MmioTransport {
 
     /// Features offered to the driver.
     pub fn features(&self) -> u64 {
-        self.info.features
-            | 1 << feature::RING_INDIRECT_DESC
-            | 1 << feature::RING_EVENT_IDX
-            | 1 << feature::VERSION_1
+        let ring = 1 << feature::RING_INDIRECT_DESC | 1 << feature::RING_EVENT_IDX;
+        self.info.features | 1 << feature::VERSION_1 | if self.elsewhere { 0 } else { ring }
     }
 
     fn lock(&self) -> MutexGuard<'_, Inner> {
@@ -234,7 +247,8 @@ impl MmioTransport {
                 }
             }
             reg::INTERRUPT_ACK => {
-                self.shared.page.clear_bits(reg::INTERRUPT_STATUS, value);
+                let kept = if self.direct.is_some() { Interrupt::USED } else { 0 };
+                self.shared.page.clear_bits(reg::INTERRUPT_STATUS, value & !kept);
             }
             reg::STATUS => {
                 let mut inner = self.lock();
@@ -369,9 +383,14 @@ impl MmioTransport {
         match self.spawn(engine, Arc::clone(&wish)) {
             Ok(worker) => {
                 let shared = Arc::clone(&self.shared);
-                let interrupt = Interrupt::new(move |bits| shared.raise(bits));
-                let memory = self.memory.clone();
-                let _ = hand_over.send(Engine::new(device, memory, features, queues, poll, interrupt));
+                let interrupt =
+                    Interrupt::new(move |bits| shared.raise(bits)).with_direct(self.direct.clone());
+                if self.direct.is_some() {
+                    self.shared.page.set_bits(reg::INTERRUPT_STATUS, Interrupt::USED);
+                }
+                let (memory, doorbells) = (self.memory.clone(), self.doorbells.clone());
+                let engine = Engine::new(device, memory, features, queues, doorbells, poll, interrupt);
+                let _ = hand_over.send(engine);
                 inner.state = State::Running { worker, wish };
                 Ok(())
             }
@@ -387,13 +406,12 @@ impl MmioTransport {
         engine: mpsc::Receiver<Engine>,
         wish: Arc<Wish>,
     ) -> std::io::Result<Worker<Option<Ended>>> {
-        let doorbells = self.doorbells.clone();
         let (shared, supervisor) = (Arc::clone(&self.shared), Arc::clone(&self.shared));
         let name = self.info.name.clone();
         let on_panic = move |failure: Failure| (supervisor.fail)(failure.to_string());
         Worker::spawn(&self.info.name, on_panic, move |stop| {
             let engine = engine.recv().ok()?;
-            Some(worker::run(engine, &doorbells, &wish, stop, |e| {
+            Some(worker::run(engine, &wish, stop, |e| {
                 tracing::warn!(device = name, "stopped until the driver resets it: {e}");
                 shared.broken();
             }))

@@ -4,7 +4,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::time::Duration;
 
-use krun_event::Poll;
+use krun_event::{Poll, Wake};
 use krun_memory::GuestMemory;
 
 use super::queue::{DriverQueue, Used};
@@ -41,7 +41,7 @@ impl Harness {
         let (info, config) = (device.info(), device.config());
         let ring = 1 << feature::RING_INDIRECT_DESC | 1 << feature::RING_EVENT_IDX;
         let features = (info.features | ring) & wanted | 1 << feature::VERSION_1;
-        let memory = queue_memory(info.queue_sizes.len());
+        let memory = queue_memory(info.queue_sizes.len(), device.serves_elsewhere());
         let (used, changed) = (Arc::default(), Arc::default());
         let drivers = Vec::new();
         let mut this = Self { engine: None, info, config, memory, features, drivers, used, changed };
@@ -71,8 +71,9 @@ impl Harness {
         });
         let poll = Poll::new().expect("a poll");
         let memory = self.memory.clone();
-        let engine = self.engine.insert(Engine::new(device, memory, self.features, queues, poll, interrupt));
-        engine.start()
+        let doorbells = queues.iter().map(|_| Wake::new().expect("a doorbell")).collect();
+        let engine = Engine::new(device, memory, self.features, queues, doorbells, poll, interrupt);
+        self.engine.insert(engine).start()
     }
 
     fn engine(&mut self) -> &mut Engine {

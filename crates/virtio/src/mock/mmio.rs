@@ -3,6 +3,7 @@
 use std::sync::{Arc, Condvar, Mutex};
 use std::time::{Duration, Instant};
 
+use krun_event::Wake;
 use krun_memory::GuestMemory;
 
 use super::queue::{DriverQueue, Used};
@@ -29,6 +30,8 @@ pub struct MmioDriver {
     memory: GuestMemory,
     queues: Vec<DriverQueue>,
     line: Arc<Line>,
+    /// The line that others set.
+    direct: Option<Wake>,
     seen: u64,
     failures: Arc<Mutex<Vec<String>>>,
 }
@@ -36,7 +39,16 @@ pub struct MmioDriver {
 impl MmioDriver {
     /// Puts `device` behind a transport; nothing is negotiated yet.
     pub fn new(device: impl VirtioDevice + 'static) -> Self {
-        let memory = queue_memory(device.info().queue_sizes.len());
+        Self::with_line(device, None)
+    }
+
+    /// As [`Self::new`], with an interrupt line that the device can hand to another process.
+    pub fn direct(device: impl VirtioDevice + 'static) -> Self {
+        Self::with_line(device, Some(Wake::new().unwrap()))
+    }
+
+    fn with_line(device: impl VirtioDevice + 'static, direct: Option<Wake>) -> Self {
+        let memory = queue_memory(device.info().queue_sizes.len(), device.serves_elsewhere());
         let (line, failures) = (Arc::<Line>::default(), Arc::<Mutex<Vec<String>>>::default());
         let (pulse, fail) = (Arc::clone(&line), Arc::clone(&failures));
         let transport = MmioTransport::new(
@@ -49,8 +61,12 @@ impl MmioDriver {
             },
             move |why| fail.lock().unwrap().push(why),
         );
-        let transport = Arc::new(transport.unwrap());
-        Self { transport, memory, queues: Vec::new(), line, seen: 0, failures }
+        let mut transport = transport.unwrap();
+        if let Some(line) = &direct {
+            transport.set_direct_line(line.clone());
+        }
+        let transport = Arc::new(transport);
+        Self { transport, memory, queues: Vec::new(), line, direct, seen: 0, failures }
     }
 
     /// The transport.
@@ -178,9 +194,16 @@ impl MmioDriver {
         let deadline = Instant::now() + timeout;
         let mut pulses = self.line.pulses.lock().unwrap();
         while *pulses == self.seen {
-            let left = deadline.saturating_duration_since(Instant::now());
+            let mut left = deadline.saturating_duration_since(Instant::now());
             if left.is_zero() {
                 return false;
+            }
+            if let Some(direct) = &self.direct {
+                if direct.take() {
+                    *pulses += 1;
+                    break;
+                }
+                left = left.min(Duration::from_millis(1));
             }
             pulses = self.line.more.wait_timeout(pulses, left).unwrap().0;
         }

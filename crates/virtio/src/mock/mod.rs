@@ -10,7 +10,7 @@ mod harness;
 mod mmio;
 mod queue;
 
-use krun_memory::{GuestAddress, GuestMemory, Mapping};
+use krun_memory::{GuestAddress, GuestMemory, Mapping, Memfd};
 
 pub use echo::Echo;
 pub use harness::Harness;
@@ -30,7 +30,13 @@ pub fn memory(len: u64) -> GuestMemory {
     krun_memory::assemble(&[(GuestAddress(BASE), mapping)]).unwrap()
 }
 
-/// Guest memory with room for `queues` queues.
-fn queue_memory(queues: usize) -> GuestMemory {
-    memory(QUEUE_SPACE * queues.max(1) as u64)
+/// Guest memory with room for `queues` queues, in a file if another process is to see it.
+fn queue_memory(queues: usize, shared: bool) -> GuestMemory {
+    let len = QUEUE_SPACE * queues.max(1) as u64;
+    if !shared {
+        return memory(len);
+    }
+    // Not at its beginning, which would hide a mistake.
+    let file = Memfd::new(len + 4096).unwrap();
+    krun_memory::assemble(&[(GuestAddress(BASE), file.map(4096, len as usize).unwrap())]).unwrap()
 }
