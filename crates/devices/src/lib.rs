@@ -11,4 +11,5 @@ pub mod net;
 pub mod rng;
 mod sys;
 pub mod tty;
+pub mod vhost_user;
 pub mod vsock;

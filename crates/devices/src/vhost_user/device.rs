@@ -1,0 +1,353 @@
+//! The device: hands its queues to the back end, and watches over that.
+
+use std::os::fd::{AsFd, BorrowedFd};
+use std::sync::Arc;
+use std::thread::sleep;
+use std::time::{Duration, Instant};
+
+use krun_event::{Interest, Ready, Wake};
+use krun_memory::{Address, GuestMemory, GuestMemoryBackend, GuestMemoryRegion};
+use krun_virtio::{ConfigSpace, Cx, DeviceError, DeviceInfo, VirtioDevice};
+
+use super::backend::BackEnd;
+use super::message::{REGIONS_MAX, Region};
+use super::requests::Asked;
+use super::session::{Inflight, Ring, Session, Setup};
+use super::spec::{VhostUserError, VhostUserSpec};
+use crate::sys::Timer;
+
+/// The connection: it must say nothing while nothing is asked.
+const CONNECTION: u64 = 0;
+/// Requests of the back end.
+const REQUESTS: u64 = 1;
+/// The back end has used a buffer.
+const CALL: u64 = 2;
+/// The back end has given a ring up.
+const BROKEN_RING: u64 = 3;
+/// It is time to look whether the back end is back.
+const RETRY: u64 = 4;
+
+/// Time between two attempts to find the back end again.
+const RETRY_AFTER: Duration = Duration::from_millis(250);
+/// How long the back end may take for what the driver wanted to get out before the end.
+const DRAIN: Duration = Duration::from_secs(2);
+/// Requests of the back end that are taken before others get their turn.
+const ASKED_AT_ONCE: usize = 16;
+
+/// A device whose queues another process serves.
+#[derive(Debug)]
+pub struct VhostUser {
+    info: DeviceInfo,
+    back_end: Arc<BackEnd>,
+    running: Option<Running>,
+}
+
+/// What a running device needs.
+#[derive(Debug)]
+struct Running {
+    /// Queues handed over.
+    queues: Vec<u32>,
+    call: Wake,
+    broken_ring: Wake,
+    /// Lets a back end that was started again go on where the one before was.
+    inflight: Option<Inflight>,
+    retry: Timer,
+}
+
+impl VhostUser {
+    /// Connects to the back end and finds out what the device is like.
+    ///
+    /// # Errors
+    /// A value that no device can have, or what is wrong with the back end.
+    pub fn new(spec: VhostUserSpec) -> Result<Self, VhostUserError> {
+        let back_end = BackEnd::new(spec)?;
+        let spec = back_end.spec();
+        let info = DeviceInfo {
+            id: spec.kind.id(),
+            name: spec.name(),
+            features: back_end.features,
+            queue_sizes: (0..back_end.queues.into()).map(|queue| spec.queue_size(queue)).collect(),
+            shm: Vec::new(),
+        };
+        Ok(Self { info, back_end: Arc::new(back_end), running: None })
+    }
+
+    fn error(&self, source: impl std::error::Error + Send + Sync + 'static) -> DeviceError {
+        let what = format!("vhost-user back end at {}", self.back_end.spec().path.display());
+        DeviceError::Host { what, source: std::io::Error::other(source) }
+    }
+
+    fn host(&self) -> impl Fn(std::io::Error) -> DeviceError + use<> {
+        let what = format!("set up the vhost-user device {}", self.info.name);
+        move |source| DeviceError::Host { what: what.clone(), source }
+    }
+
+    /// Hands the queues over: from their beginning, or from where the back end before has left them.
+    fn hand_over(&mut self, cx: &mut Cx<'_>, again: bool) -> Result<(), DeviceError> {
+        let back_end = Arc::clone(&self.back_end);
+        let Some(running) = self.running.as_mut() else { return Ok(()) };
+        let mut guard = back_end.session();
+        // Held to the end, so that the configuration is read and written before or after.
+        let result = connect_and_start(&back_end, &mut guard, running, cx, again);
+        let error = match result {
+            Ok(()) => {
+                if let Some(session) = guard.as_ref() {
+                    cx.watch(&session.channel, CONNECTION, Interest::Read).map_err(self.host())?;
+                    if let Some(requests) = &session.requests {
+                        cx.watch(requests, REQUESTS, Interest::Read).map_err(self.host())?;
+                    }
+                }
+                return Ok(());
+            }
+            Err(e) => e,
+        };
+        *guard = None;
+        Err(match error {
+            Failed::BackEnd(e) => self.error(e),
+            Failed::Device(e) => e,
+        })
+    }
+
+    /// The connection is lost, or of no more use.
+    fn lost(&mut self, cx: &mut Cx<'_>) -> Result<(), DeviceError> {
+        let back_end = Arc::clone(&self.back_end);
+        if let Some(session) = back_end.session().take() {
+            // Nothing depends on it: closing them has the same effect.
+            let _ = cx.unwatch(&session.channel);
+            let _ = session.requests.as_ref().map(|r| cx.unwatch(r));
+        }
+        match &self.running {
+            Some(running) if running.inflight.is_some() => {
+                tracing::warn!(device = self.info.name, "the back end is gone; waiting for it to come back");
+                running.retry.set(RETRY_AFTER).map_err(self.host())
+            }
+            _ => Err(self.error(std::io::Error::other("it is gone, or broke the protocol"))),
+        }
+    }
+
+    /// Looks whether the back end is there again.
+    fn retry(&mut self, cx: &mut Cx<'_>) -> Result<(), DeviceError> {
+        let Some(running) = &self.running else { return Ok(()) };
+        running.retry.take();
+        match self.hand_over(cx, true) {
+            Ok(()) => {
+                tracing::info!(device = self.info.name, "the back end is back");
+                // Its last interrupts may have been lost with it.
+                cx.interrupt().used();
+                cx.interrupt().config_changed();
+                Ok(())
+            }
+            Err(e) => {
+                tracing::debug!(device = self.info.name, "not yet: {e}");
+                self.running.as_ref().map_or(Ok(()), |r| r.retry.set(RETRY_AFTER)).map_err(self.host())
+            }
+        }
+    }
+
+    fn on_connection(&mut self, cx: &mut Cx<'_>) -> Result<(), DeviceError> {
+        // With the lock held nothing is being asked, so nothing can be on its way.
+        let quiet = self.back_end.session().as_ref().is_none_or(|s| s.channel.is_quiet());
+        if quiet { Ok(()) } else { self.lost(cx) }
+    }
+
+    fn on_requests(&mut self, cx: &mut Cx<'_>) -> Result<(), DeviceError> {
+        let back_end = Arc::clone(&self.back_end);
+        let mut guard = back_end.session();
+        let Some(session) = guard.as_mut() else { return Ok(()) };
+        let mut changed = false;
+        for _ in 0..ASKED_AT_ONCE {
+            match session.requests.as_mut().map_or(Ok(Asked::Nothing), super::requests::Requests::next) {
+                Ok(Asked::ConfigChange) => changed = true,
+                Ok(Asked::Other(request)) => {
+                    tracing::debug!(
+                        device = self.info.name,
+                        request,
+                        "the back end asks for something unknown"
+                    );
+                }
+                Ok(Asked::Nothing) => break,
+                Err(e) => {
+                    tracing::debug!(device = self.info.name, "the back end asks no more: {e}");
+                    if let Some(requests) = session.requests.take() {
+                        let _ = cx.unwatch(&requests);
+                    }
+                    break;
+                }
+            }
+        }
+        if !changed {
+            return Ok(());
+        }
+        session.channel.allow(back_end.spec().timeout);
+        let refreshed = back_end.refresh(session);
+        drop(guard);
+        match refreshed {
+            Ok(()) => {
+                cx.interrupt().config_changed();
+                Ok(())
+            }
+            Err(e) => {
+                tracing::warn!(device = self.info.name, "cannot read the changed configuration: {e}");
+                self.on_connection(cx)
+            }
+        }
+    }
+}
+
+/// Why a back end was not started.
+enum Failed {
+    BackEnd(VhostUserError),
+    Device(DeviceError),
+}
+
+impl From<VhostUserError> for Failed {
+    fn from(e: VhostUserError) -> Self {
+        Self::BackEnd(e)
+    }
+}
+
+impl From<DeviceError> for Failed {
+    fn from(e: DeviceError) -> Self {
+        Self::Device(e)
+    }
+}
+
+fn connect_and_start(
+    back_end: &BackEnd,
+    guard: &mut Option<Session>,
+    running: &mut Running,
+    cx: &Cx<'_>,
+    again: bool,
+) -> Result<(), Failed> {
+    let session = back_end.connected(guard)?;
+    let failed = |source| VhostUserError::BackEnd { path: back_end.spec().path.clone(), source };
+    let memory = shared_memory(cx.memory())?;
+    let mut rings = Vec::new();
+    for queue in 0..usize::from(back_end.served).min(cx.queue_count()) {
+        let (size, Some(at), Some(kick)) =
+            (cx.queue_size(queue), cx.queue_addresses(queue), cx.doorbell(queue))
+        else {
+            continue;
+        };
+        let base = if again { cx.used_index(queue)? } else { 0 };
+        rings.push(Ring { queue: queue as u32, size, at, base, kick });
+    }
+    if running.inflight.is_none() {
+        let size = rings.iter().map(|r| r.size).max().unwrap_or(0);
+        let count = rings.last().map_or(0, |r| r.queue as u16 + 1);
+        running.inflight = session.inflight(count, size).map_err(failed)?;
+    }
+    let setup = Setup {
+        features: cx.features(),
+        memory: &memory,
+        rings: &rings,
+        call: &running.call,
+        error: &running.broken_ring,
+        inflight: running.inflight.as_ref(),
+    };
+    session.start(&setup).map_err(failed)?;
+    running.queues = rings.iter().map(|r| r.queue).collect();
+    for ring in &rings {
+        // Of what the driver has made available before, nobody was told.
+        ring.kick.wake();
+    }
+    Ok(())
+}
+
+/// The guest's memory, as far as it can be shown to another process: all of it, or it is an error.
+pub(super) fn shared_memory(memory: &GuestMemory) -> Result<Vec<(Region, BorrowedFd<'_>)>, DeviceError> {
+    let refused = |why: &str| DeviceError::Host {
+        what: "show the guest's memory to another process".into(),
+        source: std::io::Error::other(why.to_owned()),
+    };
+    let mut regions = Vec::new();
+    for region in memory.iter() {
+        let file = region.file_offset().filter(|_| region.flags() & libc::MAP_SHARED != 0);
+        let file = file.ok_or_else(|| refused("it is private to this one"))?;
+        let (at, size) = (region.start_addr().raw_value(), region.len());
+        regions.push((Region { at, size, offset: file.start() }, file.file().as_fd()));
+    }
+    if regions.len() > REGIONS_MAX {
+        return Err(refused("it has too many pieces"));
+    }
+    Ok(regions)
+}
+
+impl VirtioDevice for VhostUser {
+    fn info(&self) -> DeviceInfo {
+        self.info.clone()
+    }
+
+    fn config(&self) -> Arc<dyn ConfigSpace> {
+        Arc::clone(&self.back_end) as Arc<dyn ConfigSpace>
+    }
+
+    fn serves_elsewhere(&self) -> bool {
+        true
+    }
+
+    fn start(&mut self, cx: &mut Cx<'_>) -> Result<(), DeviceError> {
+        let host = self.host();
+        let (broken_ring, retry) = (Wake::new().map_err(&host)?, Timer::new().map_err(&host)?);
+        cx.watch(&broken_ring, BROKEN_RING, Interest::Read).map_err(&host)?;
+        cx.watch(&retry, RETRY, Interest::Read).map_err(&host)?;
+        let call = match cx.interrupt().direct() {
+            Some(line) => line.clone(),
+            None => {
+                let call = Wake::new().map_err(&host)?;
+                cx.watch(&call, CALL, Interest::Read).map_err(&host)?;
+                call
+            }
+        };
+        self.back_end.set_running(true);
+        self.running = Some(Running { queues: Vec::new(), call, broken_ring, inflight: None, retry });
+        self.hand_over(cx, false)
+    }
+
+    fn on_queue(&mut self, _queue: usize, _cx: &mut Cx<'_>) -> Result<(), DeviceError> {
+        Ok(())
+    }
+
+    fn on_event(&mut self, ready: Ready, cx: &mut Cx<'_>) -> Result<(), DeviceError> {
+        match ready.token {
+            CONNECTION => self.on_connection(cx),
+            REQUESTS => self.on_requests(cx),
+            RETRY => self.retry(cx),
+            BROKEN_RING => Err(DeviceError::Driver("the back end has given a queue up".into())),
+            _ => {
+                if self.running.as_ref().is_some_and(|r| r.call.take()) {
+                    cx.interrupt().used();
+                }
+                Ok(())
+            }
+        }
+    }
+
+    fn drain(&mut self, cx: &mut Cx<'_>) -> Result<(), DeviceError> {
+        let end = Instant::now() + DRAIN;
+        for &queue in self.back_end.spec().kind.outputs() {
+            let served = self.running.as_ref().is_some_and(|r| r.queues.contains(&(queue as u32)));
+            while served && cx.outstanding(queue)? > 0 {
+                let there = self.back_end.session().as_ref().is_some_and(|s| s.channel.is_quiet());
+                if !there || Instant::now() >= end {
+                    return Ok(());
+                }
+                sleep(Duration::from_millis(1));
+            }
+        }
+        Ok(())
+    }
+
+    fn stop(&mut self) {
+        let Some(running) = self.running.take() else { return };
+        let mut guard = self.back_end.session();
+        if let Some(session) = guard.as_mut() {
+            session.channel.allow(self.back_end.spec().timeout);
+            if let Err(e) = session.stop(&running.queues) {
+                tracing::warn!(device = self.info.name, "cannot stop the back end: {e}");
+                *guard = None;
+            }
+        }
+        self.back_end.set_running(false);
+    }
+}
