@@ -322,6 +322,51 @@ int32_t krun_add_vsock(uint32_t ctx_id, uint32_t tsi_features);
 /* Without this there is a device as soon as a port was added. */
 int32_t krun_disable_implicit_vsock(uint32_t ctx_id);
 
+/* ------------------------------------------------ devices of other processes */
+
+/* Virtio device ids; krun_add_vhost_user_device takes others of the standard as well. */
+#define KRUN_VIRTIO_DEVICE_BLOCK 2
+#define KRUN_VIRTIO_DEVICE_CONSOLE 3
+#define KRUN_VIRTIO_DEVICE_RNG 4
+#define KRUN_VIRTIO_DEVICE_GPU 16
+#define KRUN_VIRTIO_DEVICE_RTC 17
+#define KRUN_VIRTIO_DEVICE_INPUT 18
+#define KRUN_VIRTIO_DEVICE_VSOCK 19
+#define KRUN_VIRTIO_DEVICE_SND 25
+#define KRUN_VIRTIO_DEVICE_FS 26
+#define KRUN_VIRTIO_DEVICE_CAN 36
+
+/* Queues that drivers of some kinds expect, and sizes that their usual back ends take. */
+#define KRUN_VHOST_USER_CONSOLE_NUM_QUEUES 4
+#define KRUN_VHOST_USER_CONSOLE_QUEUE_SIZES ((uint16_t[]){128, 128, 64, 64})
+#define KRUN_VHOST_USER_RNG_NUM_QUEUES 1
+#define KRUN_VHOST_USER_RNG_QUEUE_SIZES ((uint16_t[]){256})
+#define KRUN_VHOST_USER_RTC_NUM_QUEUES 2
+#define KRUN_VHOST_USER_RTC_QUEUE_SIZES ((uint16_t[]){1024, 1024})
+#define KRUN_VHOST_USER_INPUT_NUM_QUEUES 2
+#define KRUN_VHOST_USER_INPUT_QUEUE_SIZES ((uint16_t[]){1024, 1024})
+#define KRUN_VHOST_USER_SND_NUM_QUEUES 4
+#define KRUN_VHOST_USER_SND_QUEUE_SIZES ((uint16_t[]){64, 64, 64, 64})
+#define KRUN_VHOST_USER_VSOCK_NUM_QUEUES 3
+#define KRUN_VHOST_USER_VSOCK_QUEUE_SIZES ((uint16_t[]){128, 128, 128})
+#define KRUN_VHOST_USER_CAN_NUM_QUEUES 3
+#define KRUN_VHOST_USER_CAN_QUEUE_SIZES ((uint16_t[]){64, 64, 64})
+#define KRUN_VHOST_USER_GPU_NUM_QUEUES 2
+#define KRUN_VHOST_USER_GPU_QUEUE_SIZES ((uint16_t[]){1024, 1024})
+
+/* A device whose other half is another process (vhost-user): it listens on the unix socket at `socket_path` when the
+ * VM starts, gets a descriptor of the guest's whole memory, and serves the device's queues by itself. When it is gone,
+ * the device is out of order until the guest's driver resets it, and the process is looked for again; one that keeps
+ * notes of requests under way (INFLIGHT_SHMFD) is waited for instead, and goes on. A process for
+ * KRUN_VIRTIO_DEVICE_RNG takes the place of the VM's own source of randomness.
+ *   name         for messages, or NULL; of a share (KRUN_VIRTIO_DEVICE_FS) the tag too, if the process says none
+ *   num_queues   0: as many as the process says, or as the driver expects; at most 64
+ *   queue_sizes  most entries of each, powers of two: num_queues of them, or up to a 0 if that is 0; the last one counts
+ *                for the queues after it. NULL: what suits the kind of device
+ * Whether anybody listens is seen when the VM starts. A GPU needs more of the protocol than there is here. */
+int32_t krun_add_vhost_user_device(uint32_t ctx_id, uint32_t device_type, const char *socket_path,
+                                   const char *name, uint16_t num_queues, const uint16_t *queue_sizes);
+
 /* ------------------------------------------------------------------- running */
 
 /* A descriptor; writing 8 bytes to it asks the guest to end the workload and power off. */
@@ -356,8 +401,6 @@ int32_t krun_display_set_physical_size(uint32_t ctx_id, uint32_t display_id, uin
 int32_t krun_display_set_refresh_rate(uint32_t ctx_id, uint32_t display_id, uint32_t refresh_rate);
 int32_t krun_set_display_backend(uint32_t ctx_id, const void *display_backend, size_t backend_size);
 int32_t krun_set_snd_device(uint32_t ctx_id, bool enable);
-int32_t krun_add_vhost_user_device(uint32_t ctx_id, uint32_t device_type, const char *socket_path,
-                                   const char *name, uint16_t num_queues, const uint16_t *queue_sizes);
 
 int32_t krun_set_firmware(uint32_t ctx_id, const char *firmware_path);
 int32_t krun_set_tee_config_file(uint32_t ctx_id, const char *filepath);

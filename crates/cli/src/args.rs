@@ -178,10 +178,17 @@ pub struct Run {
     /// fault: TCP streams through passt 2023-03 were seen to stall or arrive changed.
     #[arg(long = "net", value_name = "PEER[,OPTION]...", value_parser = crate::nets::parse)]
     pub nets: Vec<crate::nets::NetArg>,
+
     /// Join a vsock port to a unix socket of this host: a connection of the guest to the host's port (CID 2) goes to
     /// the socket at PATH. With :listen a socket is created at PATH, and a connection to it goes to the guest's port.
     #[arg(long, value_name = "PORT:PATH[:listen]", value_parser = os_parser(vsock))]
     pub vsock: Vec<krun::VsockPort>,
+
+    /// A device whose other half is another process, which listens on SOCKET (vhost-user): rng, console, input, vsock,
+    /// snd, can, rtc, block, fs and others, or a number of the virtio standard. Options after a comma: queues=N (what
+    /// the process says), size=N (entries of each queue), for fs tag=NAME (where the process says none).
+    #[arg(long = "vhost-user", value_name = "TYPE:SOCKET[,OPTION]...", value_parser = os_parser(crate::vhost::parse))]
+    pub vhost_user: Vec<krun::VhostUser>,
 
     /// Keep memory that the guest has freed; without this option it goes back to the host after some seconds.
     #[arg(long)]

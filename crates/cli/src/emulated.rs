@@ -62,6 +62,12 @@ pub fn run(args: &Run, verbose: u8) -> Result<i32, String> {
                 .into(),
         );
     }
+    if !args.vhost_user.is_empty() {
+        return Err(
+            "--vhost-user: processes of this host are out of reach for the emulated host; this needs KVM"
+                .into(),
+        );
+    }
     let engine = engine()?;
     let exe = std::env::current_exe().map_err(|e| format!("cannot find this program's file: {e}"))?;
     start(&engine, Command::new(words(&exe, verbose)), run::exported_paths(args))

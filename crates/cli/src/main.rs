@@ -8,6 +8,7 @@ mod exact;
 mod nets;
 mod run;
 mod signals;
+mod vhost;
 
 use std::io::{self, IsTerminal};
 use std::process::ExitCode;

@@ -68,6 +68,9 @@ fn config(args: &Run, verbose: bool) -> Result<VmConfig, String> {
         balloon: !args.no_balloon,
         inputs: args.inputs.iter().map(|path| input(path)).collect::<Result<_, _>>()?,
         vsock: (!args.vsock.is_empty()).then(|| krun::Vsock { ports: args.vsock.clone() }),
+        // One source of randomness is enough.
+        rng: args.vhost_user.iter().all(|d| d.kind != krun::DeviceKind::RNG),
+        vhost_user: args.vhost_user.clone(),
         verbose,
         ..VmConfig::default()
     })

@@ -19,6 +19,7 @@ fn completions_know_the_options() {
     for shell in ["bash", "zsh", "fish"] {
         let script = printed(&["completions", shell]);
         assert!(script.contains("huge-pages") && script.contains("oem-string"), "{shell}");
+        assert!(script.contains("vhost-user"), "{shell}");
     }
 }
 

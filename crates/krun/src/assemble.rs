@@ -18,7 +18,7 @@ use krun_wire as wire;
 
 use crate::config::{Cache, Overlay, OverlayContent, ROOT_TAG};
 use crate::{Console, Error, INIT, Port, Share, VmConfig};
-use crate::{disk, net};
+use crate::{disk, net, vhost_user};
 
 /// What [`crate::Vm::start`] starts.
 pub struct Parts {
@@ -250,6 +250,8 @@ pub fn assemble(mut config: VmConfig) -> Result<Parts, Error> {
     if let Some(vsock) = config.vsock.take() {
         devices.push(Box::new(vsock.device()?));
     }
+    let shared_memory = !config.vhost_user.is_empty();
+    devices.extend(vhost_user::devices(&mut config)?);
     let mut balloon = None;
     if config.balloon {
         let fail = |source| Error::Host { what: "create the memory balloon", source };
@@ -267,6 +269,7 @@ pub fn assemble(mut config: VmConfig) -> Result<Parts, Error> {
         nested: config.nested,
         oem_strings: config.oem_strings,
         huge_pages: config.huge_pages,
+        shared_memory,
         ..Spec::default()
     };
     Ok(Parts { spec, devices, exit_code, control: host_end, consoles: handles, terminals, balloon, disks })
@@ -381,6 +384,15 @@ mod tests {
         let names: Vec<_> = parts.devices.iter().map(|d| d.info().id).collect();
         assert_eq!(names, [26, 26, 26, 3]);
         assert!(parts.spec.cmdline.contains("init=/init.krun"));
+    }
+
+    #[test]
+    fn a_back_end_that_is_not_there_is_named() {
+        let device = crate::VhostUser::new(crate::DeviceKind::RNG, "/no/such");
+        let config = VmConfig { vhost_user: vec![device], command: Command::new("x"), ..VmConfig::default() };
+        let error = assemble(config).err().unwrap();
+        assert!(error.to_string().contains("/no/such"), "{error}");
+        assert_eq!(error.raw_os_error(), Some(2));
     }
 
     #[test]

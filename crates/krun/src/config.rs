@@ -6,7 +6,7 @@ use std::sync::Arc;
 
 pub use krun_machine::{Kernel, KernelFormat};
 
-use crate::{Command, Disk, Input, Net, RootDisk, Vsock};
+use crate::{Command, Disk, Input, Net, RootDisk, VhostUser, Vsock};
 
 /// Tag of the share that is the guest's root.
 pub const ROOT_TAG: &str = "/dev/root";
@@ -48,6 +48,9 @@ pub struct VmConfig {
     pub nets: Vec<Net>,
     /// A socket device.
     pub vsock: Option<Vsock>,
+    /// Devices whose other half is another process, which is running. With any of them all of RAM is in a file that
+    /// those processes map; most hosts give such memory no large pages.
+    pub vhost_user: Vec<VhostUser>,
     /// A virtio entropy device.
     pub rng: bool,
     /// A memory balloon: memory that the guest has freed goes back to the host by itself, and
@@ -85,6 +88,7 @@ impl Default for VmConfig {
             inputs: Vec::new(),
             nets: Vec::new(),
             vsock: None,
+            vhost_user: Vec::new(),
             rng: true,
             balloon: true,
             split_irqchip: false,

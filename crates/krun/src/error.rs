@@ -9,6 +9,7 @@ use krun_devices::console::ConsoleError;
 use krun_devices::fs::FsError;
 use krun_devices::input::EvdevError;
 use krun_devices::net::NetError;
+use krun_devices::vhost_user::VhostUserError;
 use krun_devices::vsock::VsockError;
 use krun_machine::Outcome;
 
@@ -37,6 +38,9 @@ pub enum Error {
     /// A network device.
     #[error(transparent)]
     Net(#[from] NetError),
+    /// A device of another process.
+    #[error(transparent)]
+    VhostUser(#[from] VhostUserError),
     /// A disk that the VM does not have.
     #[error("the VM has no disk {id:?}")]
     NoDisk {

@@ -32,6 +32,7 @@ pub mod host;
 mod input;
 mod net;
 mod reclaim;
+mod vhost_user;
 mod vm;
 mod vsock;
 
@@ -53,6 +54,7 @@ pub use krun_machine::{ExitCounts, Outcome, with_signals_blocked};
 pub use krun_wire::{EXIT_NOT_EXECUTABLE, EXIT_NOT_FOUND, EXIT_SETUP};
 pub use net::{Net, NetError, NetPeer, Offloads};
 pub use reclaim::BalloonStatus;
+pub use vhost_user::{DeviceKind, VhostUser, VhostUserError};
 pub use vm::{ExitStatus, Vm};
 pub use vsock::{Vsock, VsockDirection, VsockError, VsockPort};
 

@@ -30,6 +30,7 @@ pub struct Context {
     pub inputs: Vec<crate::input::Described>,
     pub nets: crate::net::Nets,
     pub vsock: crate::vsock::Vsock,
+    pub vhost_user: Vec<krun_api::VhostUser>,
     pub uid: Option<libc::uid_t>,
     pub gid: Option<libc::gid_t>,
     pub shutdown: Option<Arc<std::os::fd::OwnedFd>>,

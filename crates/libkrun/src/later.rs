@@ -32,8 +32,6 @@ not_served! {
     krun_display_set_refresh_rate(display_id: u32, refresh_rate: u32);
     krun_set_display_backend(display_backend: *const c_void, backend_size: usize) needs display_backend;
     krun_set_snd_device(enable: bool);
-    krun_add_vhost_user_device(device_type: u32, socket_path: *const c_char, name: *const c_char,
-        num_queues: u16, queue_sizes: *const u16) needs socket_path;
     krun_set_firmware(firmware_path: *const c_char) needs firmware_path;
     krun_set_tee_config_file(filepath: *const c_char) needs filepath;
 }

@@ -17,6 +17,7 @@ mod log;
 mod machine;
 mod net;
 mod start;
+mod vhost_user;
 mod vsock;
 mod workload;
 

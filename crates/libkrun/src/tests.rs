@@ -12,6 +12,7 @@ use crate::log::*;
 use crate::machine::*;
 use crate::net::*;
 use crate::start::*;
+use crate::vhost_user::*;
 use crate::vsock::*;
 use crate::workload::*;
 

@@ -67,6 +67,9 @@ impl VhostUserSpec {
         if let Some(&size) = self.sizes.iter().find(|n| !fits(n)) {
             return Err(VhostUserError::QueueSize { size });
         }
+        if self.name.as_ref().is_some_and(|name| name.contains('\0')) {
+            return Err(VhostUserError::Name);
+        }
         match &self.tag {
             Some(tag) if tag.is_empty() || tag.len() > TAG_MAX => {
                 Err(VhostUserError::Tag { tag: tag.clone() })
@@ -109,6 +112,9 @@ pub enum VhostUserError {
         /// What was asked for.
         size: u16,
     },
+    /// A name with a NUL byte in it.
+    #[error("the name of a vhost-user device has a NUL byte in it")]
+    Name,
     /// No tag of a share.
     #[error("the tag {tag:?} of a share must have 1 to {TAG_MAX} bytes")]
     Tag {
@@ -159,6 +165,7 @@ mod tests {
             assert!(text.contains("power of two"), "{text}");
         }
         assert!(text(VhostUserSpec { tag: Some("x".repeat(37)), ..spec.clone() }).contains("tag"));
+        assert!(text(VhostUserSpec { name: Some("a\0".into()), ..spec.clone() }).contains("NUL"));
         let sized = VhostUserSpec { sizes: vec![16, 32], ..spec.clone() };
         assert_eq!([0, 1, 2].map(|q| sized.queue_size(q)), [16, 32, 32]);
         assert_eq!([0, 2].map(|q| spec.queue_size(q)), [128, 64]);
