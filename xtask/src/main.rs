@@ -8,6 +8,7 @@ mod emulated;
 mod install;
 mod kernel;
 mod packages;
+mod peers;
 mod rootfs;
 mod suites;
 mod test;

@@ -7,7 +7,7 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use crate::emulated::Lab;
-use crate::{arrows, debian, install, kernel, packages, rootfs, suites};
+use crate::{arrows, debian, install, kernel, packages, peers, rootfs, suites};
 
 /// What a part of the tests came to.
 #[derive(Debug, Default, Clone, PartialEq, Eq)]
@@ -201,7 +201,8 @@ fn vm_tests(names: &[String]) -> Result<Counts, String> {
         PathBuf::new()
     });
     // After QEMU: installing that removes qemu-utils of another version.
-    packages::ensure("the tests of disk formats", &["qemu-utils"])?;
+    packages::ensure("the tests of disks", &["qemu-utils", "qemu-system-common"])?;
+    let peers = peers::ensure()?;
     let bundles = [(OURS, ours.bundle), ("Debian's libkrunfw5", debian)];
     let runs: Vec<_> = bundles
         .into_iter()
@@ -227,6 +228,7 @@ fn vm_tests(names: &[String]) -> Result<Counts, String> {
                 ("KRUN_TEST_KERNELS".into(), images.clone().into_os_string()),
                 ("KRUN_TEST_BZIMAGE".into(), stock.clone().into_os_string()),
                 ("KRUN_TEST_SUITES".into(), suites.clone().into_os_string()),
+                ("KRUN_TEST_PEERS".into(), peers.clone()),
                 // Its own and empty, so that what a test leaves behind can be seen.
                 ("TMPDIR".into(), "/run".into()),
             ];
@@ -268,6 +270,9 @@ const ONCE: &[&str] = &[
     "disk_power_cut",
     "suite_pjdfstest",
     "suite_fsx",
+    "vhost_user_fs",
+    "vhost_user_vsock",
+    "vhost_user_console",
 ];
 
 /// How long one of the test programs under the emulated host's KVM may take; they took under a minute.

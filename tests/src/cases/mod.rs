@@ -31,6 +31,7 @@ mod signals;
 mod stdio;
 mod suites;
 mod terminal;
+mod vhost_user;
 mod vsock;
 
 /// Every case.
@@ -96,4 +97,9 @@ pub const ALL: &[Case] = &[
     vsock::MANY,
     vsock::BULK,
     vsock::STUCK,
+    vhost_user::BLOCK,
+    vhost_user::RNG,
+    vhost_user::FS,
+    vhost_user::VSOCK,
+    vhost_user::CONSOLE,
 ];

@@ -166,6 +166,11 @@ impl Session {
         if self.has_protocol() {
             setup.rings.iter().try_for_each(|ring| self.enable(ring.queue, true))?;
         }
+        if !self.channel.acknowledges {
+            // Any question that is answered will do: then all before it is done. Some back ends take a kick that comes
+            // before a ring is enabled and forget it.
+            self.channel.ask_u64(Request::GetFeatures)?;
+        }
         Ok(())
     }
 

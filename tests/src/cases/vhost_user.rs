@@ -1,0 +1,308 @@
+//! Devices of other processes, with programs that others have written: QEMU's storage daemon, virtiofsd, and the
+//! devices of rust-vmm. Those that are not there are skipped; `KRUN_TEST_PEERS` has the directories to look in.
+
+use std::io::{BufRead, BufReader, Read, Write};
+use std::net::{TcpListener, TcpStream};
+use std::os::unix::net::{UnixListener, UnixStream};
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, Stdio};
+use std::thread;
+use std::time::{Duration, Instant};
+
+use krun::{DeviceKind, VhostUser, VmConfig};
+
+use super::disk::{MIB, image};
+use crate::harness::{Captured, Case, Env, Failure, TempDir, contains, no_guest, noise, run, same, start};
+
+pub const BLOCK: Case = Case { name: "vhost_user_block", host: block, guest: no_guest };
+pub const RNG: Case = Case { name: "vhost_user_rng", host: rng, guest: no_guest };
+pub const FS: Case = Case { name: "vhost_user_fs", host: fs, guest: no_guest };
+pub const VSOCK: Case = Case { name: "vhost_user_vsock", host: vsock, guest: no_guest };
+pub const CONSOLE: Case = Case { name: "vhost_user_console", host: console, guest: no_guest };
+
+/// How long a program may take to listen.
+const PATIENCE: Duration = Duration::from_secs(30);
+
+/// A back end that ends with the value.
+struct Peer(Child);
+
+impl Peer {
+    /// Starts it; it listens at `socket` before this returns.
+    fn start(program: &str, args: &[String], socket: &Path) -> Result<Self, Failure> {
+        let _ = std::fs::remove_file(socket);
+        let mut command = Command::new(find(program)?);
+        command.args(args).stdin(Stdio::null()).stdout(Stdio::null());
+        let mut peer = Self(command.spawn()?);
+        let start = Instant::now();
+        while !socket.exists() {
+            if let Some(status) = peer.0.try_wait()? {
+                return Err(Failure::Wrong(format!("{program} has ended: {status}")));
+            }
+            if start.elapsed() > PATIENCE {
+                return Err(Failure::Wrong(format!("{program} does not listen")));
+            }
+            thread::sleep(Duration::from_millis(10));
+        }
+        Ok(peer)
+    }
+}
+
+impl Drop for Peer {
+    fn drop(&mut self) {
+        let _ = self.0.kill();
+        let _ = self.0.wait();
+    }
+}
+
+/// The file of a program.
+fn find(program: &str) -> Result<PathBuf, Failure> {
+    let dirs = |name| std::env::var_os(name).unwrap_or_default();
+    let (own, path) = (dirs("KRUN_TEST_PEERS"), dirs("PATH"));
+    let mut places = std::env::split_paths(&own).chain(std::env::split_paths(&path)).map(|d| d.join(program));
+    places.find(|p| p.is_file()).ok_or_else(|| Failure::Skip(format!("there is no {program} here")))
+}
+
+fn words<const N: usize>(words: [&str; N]) -> Vec<String> {
+    words.map(str::to_owned).to_vec()
+}
+
+fn with(mut config: VmConfig, device: VhostUser) -> VmConfig {
+    config.vhost_user.push(device);
+    config
+}
+
+/// Lets the guest go on.
+fn tell(captured: &mut Captured, line: &str) -> Result<(), Failure> {
+    let stdin = captured.stdin.as_mut().ok_or_else(|| Failure::Wrong("no standard input".into()))?;
+    Ok(writeln!(stdin, "{line}")?)
+}
+
+/// QEMU's storage daemon with one image, and a socket on which it takes commands.
+fn storage(dir: &Path) -> Result<Peer, Failure> {
+    let at = |name: &str| dir.join(name).display().to_string();
+    let args = [
+        "--blockdev".to_owned(),
+        format!("file,filename={},node-name=f", at("image")),
+        "--export".to_owned(),
+        format!(
+            "vhost-user-blk,id=e,node-name=f,addr.type=unix,addr.path={},writable=on,num-queues=2",
+            at("block")
+        ),
+        "--chardev".to_owned(),
+        format!("socket,id=m,path={},server=on,wait=off", at("monitor")),
+        "--monitor".to_owned(),
+        "chardev=m".to_owned(),
+    ];
+    Peer::start("qemu-storage-daemon", &args, &dir.join("block"))
+}
+
+/// Writes and reads; sees the disk grow; goes on writing while the process is killed and another takes its place.
+const BLOCK_SCRIPT: &str = r#"
+import hashlib, mmap, os, sys
+MIB = 1 << 20
+def pattern(n):
+    return hashlib.sha256(b"%d" % n).digest() * (MIB // 32)
+disk = os.open("/dev/vda", os.O_RDWR | os.O_DIRECT)
+page = mmap.mmap(-1, MIB)
+def write(n):
+    page[:] = pattern(n)
+    assert os.pwrite(disk, page, n * MIB) == MIB
+def check(n):
+    assert os.preadv(disk, [page], n * MIB) == MIB
+    assert page[:] == pattern(n), n
+for n in range(8):
+    write(n)
+for n in range(8):
+    check(n)
+print("size", end=".", flush=True)
+sys.stdin.readline()
+while int(open("/sys/block/vda/size").read()) != 64 * MIB // 512:
+    pass
+print("grown", end=".", flush=True)
+sys.stdin.readline()
+for n in range(8, 64):
+    write(n)
+    if n == 20:
+        print("busy", end=".", flush=True)
+for n in range(64):
+    check(n)
+os.fsync(disk)
+print("done", end=".", flush=True)
+"#;
+
+fn block(env: &Env) -> Result<(), Failure> {
+    let dir = TempDir::new("vhost-block")?;
+    let disk = dir.path().join("image");
+    image(&disk, 32 * MIB)?;
+    let peer = storage(dir.path())?;
+    let device = VhostUser::new(DeviceKind::BLOCK, dir.path().join("block"));
+    let mut captured = start(with(env.program("python3", ["-c", BLOCK_SCRIPT]), device))?;
+    captured.wait_for_output("size.")?;
+    grow(&dir.path().join("monitor"), 64 * MIB)?;
+    tell(&mut captured, "grow")?;
+    captured.wait_for_output("grown.")?;
+    tell(&mut captured, "write")?;
+    captured.wait_for_output("busy.")?;
+    drop(peer);
+    thread::sleep(Duration::from_millis(300));
+    let _peer = storage(dir.path())?;
+    same("what the guest says", captured.finish()?.success()?.out().as_str(), "size.grown.busy.done.")?;
+    let bytes = std::fs::read(&disk)?;
+    let zero = bytes.chunks(MIB as usize).position(|part| part.iter().all(|b| *b == 0));
+    same("length, and a part that was not written", (bytes.len() as u64, zero), (64 * MIB, None))
+}
+
+/// Makes the image longer, by the daemon's own command.
+fn grow(monitor: &Path, size: u64) -> Result<(), Failure> {
+    let mut socket = BufReader::new(UnixStream::connect(monitor)?);
+    socket.get_ref().set_read_timeout(Some(PATIENCE))?;
+    let resize = format!("{{'execute':'block_resize','arguments':{{'node-name':'f','size':{size}}}}}");
+    let mut line = String::new();
+    socket.read_line(&mut line)?;
+    for command in ["{'execute':'qmp_capabilities'}", &resize] {
+        writeln!(socket.get_mut(), "{command}")?;
+        line.clear();
+        socket.read_line(&mut line)?;
+        contains(command, &line, "return")?;
+    }
+    Ok(())
+}
+
+/// Takes random bytes; waits while the process is replaced; takes the device out of service and back, and goes on.
+const RNG_SCRIPT: &str = r#"set -e
+cat /sys/class/misc/hw_random/rng_current
+test $(head -c 100000 /dev/hwrng | gzip | wc -c) -gt 99000
+echo taken; read line
+for device in /sys/bus/virtio/drivers/virtio_rng/virtio*; do name=${device##*/}; done
+echo $name > /sys/bus/virtio/drivers/virtio_rng/unbind
+echo $name > /sys/bus/virtio/drivers/virtio_rng/bind
+test $(head -c 100000 /dev/hwrng | gzip | wc -c) -gt 99000
+echo again"#;
+
+fn rng(env: &Env) -> Result<(), Failure> {
+    let dir = TempDir::new("vhost-rng")?;
+    let socket = dir.path().join("rng0");
+    let listen = || {
+        let args = words(["--socket-path", &dir.path().join("rng").display().to_string()]);
+        Peer::start("vhost-device-rng", &args, &socket)
+    };
+    let peer = listen()?;
+    let device = VhostUser::new(DeviceKind::RNG, &socket);
+    let mut captured = start(VmConfig { rng: false, ..with(env.shell(RNG_SCRIPT), device) })?;
+    captured.wait_for_output("taken\n")?;
+    drop(peer);
+    let _peer = listen()?;
+    tell(&mut captured, "go on")?;
+    same("what the guest says", captured.finish()?.success()?.out().as_str(), "virtio_rng.0\ntaken\nagain\n")
+}
+
+const FS_SCRIPT: &str = "set -e; mkdir -p /run/share; mount -t virtiofs theirs /run/share; cd /run/share
+    test $(wc -l < numbers) = 1000; cp numbers copy; mv copy moved; ln -s moved link; mkdir -p a/b/c
+    for i in $(seq 300); do echo $i > a/b/c/$i; done; test $(ls a/b/c | wc -l) = 300
+    dd if=/dev/urandom of=big bs=1M count=16 2>/dev/null; sync
+    echo 3 > /proc/sys/vm/drop_caches; sha256sum < big; cd /; umount /run/share
+    mount -t virtiofs theirs /run/share; cmp /run/share/numbers /run/share/link; umount /run/share";
+
+fn fs(env: &Env) -> Result<(), Failure> {
+    let dir = TempDir::new("vhost-fs")?;
+    let (share, socket) = (dir.path().join("share"), dir.path().join("socket"));
+    std::fs::create_dir(&share)?;
+    std::fs::write(share.join("numbers"), (1..=1000).map(|n| format!("{n}\n")).collect::<String>())?;
+    for told in [true, false] {
+        let paths = [&share, &socket].map(|p| p.display().to_string());
+        let mut args = words(["--shared-dir", &paths[0], "--socket-path", &paths[1], "--sandbox", "none"]);
+        args.extend(words(["--log-level", "off"]));
+        if told {
+            args.extend(words(["--tag", "theirs"]));
+        }
+        let _peer = Peer::start("virtiofsd", &args, &socket)?;
+        let tag = (!told).then(|| "theirs".to_owned());
+        let device = VhostUser { tag, ..VhostUser::new(DeviceKind::FS, &socket) };
+        let output = run(with(env.shell(FS_SCRIPT), device))?.success()?.out();
+        let sum = super::disk::tool("sha256sum", &[&share.join("big").display().to_string()])?;
+        let sum = sum.map(|(_, text)| text.split(' ').next().unwrap_or_default().to_owned());
+        same("the sum of what was written", Some(output.replace("  -\n", "")), sum)?;
+        std::fs::remove_dir_all(share.join("a"))?;
+        std::fs::remove_file(share.join("link"))?;
+    }
+    Ok(())
+}
+
+const VSOCK_SCRIPT: &str = r#"
+import socket
+for n in range(3):
+    s = socket.socket(socket.AF_VSOCK)
+    s.connect((2, 5000))
+    parts = []
+    while part := s.recv(1 << 16):
+        parts.append(part)
+    s.sendall(b"".join(parts)[::-1])
+    s.close()
+"#;
+
+fn vsock(env: &Env) -> Result<(), Failure> {
+    let dir = TempDir::new("vhost-vsock")?;
+    let at = |name: &str| dir.path().join(name).display().to_string();
+    let args = words(["--guest-cid", "3", "--socket", &at("vsock"), "--uds-path", &at("host")]);
+    let socket = dir.path().join("vsock");
+    let _peer = Peer::start("vhost-device-vsock", &args, &socket)?;
+    let listener = UnixListener::bind(at("host_5000"))?;
+    let device = VhostUser::new(DeviceKind::VSOCK, &socket);
+    let captured = start(with(env.program("python3", ["-c", VSOCK_SCRIPT]), device))?;
+    for seed in 1..4 {
+        let (mut stream, _) = listener.accept()?;
+        let mut data = noise(100_000, seed);
+        stream.write_all(&data)?;
+        stream.shutdown(std::net::Shutdown::Write)?;
+        let mut back = Vec::new();
+        stream.read_to_end(&mut back)?;
+        data.reverse();
+        same("length, and whether it is the same", (back.len(), back == data), (data.len(), true))?;
+    }
+    captured.finish()?.success().map(|_| ())
+}
+
+/// The console that is not the machine's own.
+const CONSOLE_SCRIPT: &str = "set -e; exec 3<>/dev/hvc1; stty raw -echo <&3; echo ready >&3
+    read line <&3; echo \"heard $line\" >&3; echo heard; read line";
+
+fn console(env: &Env) -> Result<(), Failure> {
+    let dir = TempDir::new("vhost-console")?;
+    let port = TcpListener::bind("127.0.0.1:0")?.local_addr()?.port();
+    let (socket, number) = (dir.path().join("console0"), port.to_string());
+    let path = dir.path().join("console").display().to_string();
+    let args = words(["--socket-path", &path, "--backend", "network", "--tcp-port", &number]);
+    let _peer = Peer::start("vhost-device-console", &args, &socket)?;
+    let device = VhostUser::new(DeviceKind::CONSOLE, &socket);
+    let mut captured = start(with(env.shell(CONSOLE_SCRIPT), device))?;
+    let begin = Instant::now();
+    let mut stream = loop {
+        match TcpStream::connect(("127.0.0.1", port)) {
+            Ok(stream) => break stream,
+            Err(e) if begin.elapsed() > PATIENCE => return Err(e.into()),
+            Err(_) => thread::sleep(Duration::from_millis(20)),
+        }
+    };
+    stream.set_read_timeout(Some(PATIENCE))?;
+    read_until(&mut stream, "ready")?;
+    // One by one: of several bytes that come together, vhost-device-console 0.1.0 makes several times as many.
+    for byte in *b"hello\n" {
+        stream.write_all(&[byte])?;
+        thread::sleep(Duration::from_millis(300));
+    }
+    read_until(&mut stream, "heard hello")?;
+    tell(&mut captured, "end")?;
+    captured.finish()?.success().map(|_| ())
+}
+
+fn read_until(stream: &mut TcpStream, part: &str) -> Result<(), Failure> {
+    let mut text = String::new();
+    while !text.contains(part) {
+        let mut bytes = [0; 100];
+        match stream.read(&mut bytes) {
+            Ok(n @ 1..) => text.push_str(&String::from_utf8_lossy(&bytes[..n])),
+            other => return Err(Failure::Wrong(format!("{other:?} after {text:?}, waiting for {part:?}"))),
+        }
+    }
+    Ok(())
+}
