@@ -262,6 +262,11 @@ impl Captured {
         self.stdout.seen.wait_for(part)
     }
 
+    /// What the workload has printed on its standard output until now.
+    pub fn output_so_far(&self) -> String {
+        String::from_utf8_lossy(&self.stdout.seen.lock().0).into_owned()
+    }
+
     /// Ends the input, waits for the end and gives back what was printed.
     pub fn finish(mut self) -> Result<Output, Failure> {
         drop(self.stdin.take());

@@ -1,4 +1,4 @@
-//! Real kernels that need no build: Debian's own `libkrunfw5`, and its kernel for virtual machines.
+//! What Debian has and needs no build: its own `libkrunfw5`, its kernel for virtual machines, and gvproxy.
 
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -41,13 +41,26 @@ pub fn kernel() -> Result<PathBuf, String> {
     })
 }
 
+/// The path of Debian 13's gvproxy, which needs no newer library than Debian 12 has, fetched with apt into the cache if it
+/// is not there.
+///
+/// # Errors
+/// As for [`bundle`].
+pub fn gvproxy() -> Result<PathBuf, String> {
+    cached("debian-gvproxy/gvproxy", |work| {
+        eprintln!("fetching Debian 13's gvproxy (once, a few seconds)");
+        let root = unpacked(work, "trixie", |_| Ok("gvproxy".into()))?;
+        Ok(root.join("usr/bin/gvproxy"))
+    })
+}
+
 /// The file `name` of the cache, made by `fetch` in a directory of its own if it is not there.
 fn cached(name: &str, fetch: impl FnOnce(&Path) -> Result<PathBuf, String>) -> Result<PathBuf, String> {
     let found = cache_dir()?.join(name);
     if found.exists() {
         return Ok(found);
     }
-    crate::packages::ensure("fetching a kernel from Debian", &["debian-archive-keyring"])?;
+    crate::packages::ensure("fetching packages of Debian", &["debian-archive-keyring"])?;
     let work = found.with_file_name(format!("partial.{}", std::process::id()));
     let result = fetch(&work).and_then(|file| {
         fs::rename(&file, &found).map_err(|e| format!("cannot move it to {}: {e}", found.display()))

@@ -193,7 +193,7 @@ fn vm_tests(names: &[String]) -> Result<Counts, String> {
     let root = rootfs::ensure(rootfs::TEST)?;
     let built = build()?;
     let images = kernel_images(&ours.vmlinux)?;
-    let stock = debian::kernel()?;
+    let (stock, gvproxy) = (debian::kernel()?, debian::gvproxy()?);
     // The two halves run side by side; the emulated host is single-threaded.
     let lab = Lab::ensure(&built.krun)?;
     let suites = suites::ensure().unwrap_or_else(|e| {
@@ -229,6 +229,7 @@ fn vm_tests(names: &[String]) -> Result<Counts, String> {
                 ("KRUN_TEST_BZIMAGE".into(), stock.clone().into_os_string()),
                 ("KRUN_TEST_SUITES".into(), suites.clone().into_os_string()),
                 ("KRUN_TEST_PEERS".into(), peers.clone()),
+                ("KRUN_TEST_GVPROXY".into(), gvproxy.clone().into_os_string()),
                 // Its own and empty, so that what a test leaves behind can be seen.
                 ("TMPDIR".into(), "/run".into()),
             ];

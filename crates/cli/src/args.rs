@@ -174,8 +174,9 @@ pub struct Run {
 
     /// A network interface, eth0 and so on: passt (one is started, and ends with the guest), unix-stream:PATH (passt and
     /// the like), unix-dgram:PATH (gvproxy with vfkit, vmnet-helper), tap:NAME. Options after a comma: mac=ADDRESS,
-    /// dhcp=off, vfkit; for passt tcp=PORTS and udp=PORTS, as its -t and -u take them. With -v it is heard. Known
-    /// fault: TCP streams through passt 2023-03 were seen to stall or arrive changed.
+    /// dhcp=off, vfkit; for passt tcp=PORTS and udp=PORTS, as its -t and -u take them. With -v it is heard. A
+    /// fault of older versions (2023-03, 2025-05): a connection that the guest closes for sending before it has the whole
+    /// answer gets parts of it again, or stalls.
     #[arg(long = "net", value_name = "PEER[,OPTION]...", value_parser = crate::nets::parse)]
     pub nets: Vec<crate::nets::NetArg>,
 

@@ -84,6 +84,7 @@ pub const ALL: &[Case] = &[
     bare::SMBIOS_IN_LINUX,
     network::passt::PASST,
     network::passt::RESTART,
+    network::gvproxy::GVPROXY,
     network::peers::TAP,
     network::peers::DATAGRAM,
     disk::CASE,

@@ -1,14 +1,17 @@
 //! Cases of networks, and what they share: a network namespace of their own, programs of the host, servers that echo, and a small
 //! DHCP server.
 
+pub mod gvproxy;
 pub mod passt;
 pub mod peers;
 
+use std::ffi::OsString;
 use std::io::{Read, Write};
-use std::net::{TcpListener, TcpStream, UdpSocket};
-use std::process::Command;
+use std::net::{Shutdown, TcpListener, TcpStream, UdpSocket};
+use std::path::Path;
+use std::process::{Child, Command, Stdio};
 use std::thread;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use crate::harness::{Failure, noise};
 
@@ -43,23 +46,102 @@ pub fn ip(words: &str) -> Result<(), Failure> {
     Err(Failure::Wrong(format!("ip {words}: {}", String::from_utf8_lossy(&output.stderr))))
 }
 
+/// When the side that sends first says that it has no more.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Close {
+    /// Once it has sent everything: the connection is half closed while the answer is under way.
+    Early,
+    /// Once it has the answer.
+    Late,
+}
+
+/// A peer that ends with the value.
+pub struct Program(Child);
+
+impl Program {
+    /// Starts it; it listens on `socket` before this returns.
+    pub fn start(command: &mut Command, socket: &Path) -> Result<Self, Failure> {
+        let _ = std::fs::remove_file(socket);
+        // Some say more than they are asked to.
+        command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::null());
+        let name = command.get_program().to_string_lossy().into_owned();
+        let child = match command.spawn() {
+            Err(e) if e.kind() == std::io::ErrorKind::NotFound => {
+                return Err(Failure::Skip(format!("no {name} on this host")));
+            }
+            other => other?,
+        };
+        let mut program = Self(child);
+        let start = Instant::now();
+        while !listens(socket)? {
+            if let Some(status) = program.0.try_wait()? {
+                return Err(Failure::Wrong(format!("{name} has ended: {status}")));
+            }
+            if start.elapsed() > PATIENCE {
+                return Err(Failure::Wrong(format!("{name} does not listen")));
+            }
+            thread::sleep(Duration::from_millis(10));
+        }
+        Ok(program)
+    }
+
+    /// Ends it; that is no error when it has ended already.
+    pub fn end(&mut self) {
+        let _ = self.0.kill();
+        let _ = self.0.wait();
+    }
+}
+
+/// Whether somebody listens there; a socket has its name before it does.
+fn listens(socket: &Path) -> Result<bool, Failure> {
+    /// `SO_ACCEPTCON` in the fourth field.
+    const LISTENS: &str = "00010000";
+    let path = socket.to_string_lossy();
+    let sockets = std::fs::read_to_string("/proc/thread-self/net/unix")?;
+    let fields = |line: &str| line.split_whitespace().map(str::to_owned).collect::<Vec<_>>();
+    Ok(sockets
+        .lines()
+        .map(fields)
+        .any(|f| f.get(3).is_some_and(|f| f == LISTENS) && f.get(7) == Some(&path.to_string())))
+}
+
+impl Drop for Program {
+    fn drop(&mut self) {
+        self.end();
+    }
+}
+
+/// The argument of a guest half with this number.
+pub fn arg<T: std::str::FromStr>(args: &[OsString], n: usize) -> Result<T, String> {
+    let word = args.get(n).and_then(|w| w.to_str()).ok_or("an argument is missing")?;
+    word.parse().map_err(|_| format!("{word:?} makes no sense"))
+}
+
 /// Sends noise over a connection and expects it back, both at once.
-pub fn exchange(stream: &TcpStream, len: usize, seed: u64) -> Result<(), String> {
+pub fn exchange(stream: &TcpStream, len: usize, seed: u64, close: Close) -> Result<(), String> {
     let text = |e: std::io::Error| format!("exchange of {len} bytes: {e}");
     stream.set_read_timeout(Some(PATIENCE)).map_err(text)?;
     let bytes = noise(len, seed);
+    let end = || stream.shutdown(Shutdown::Write);
     thread::scope(|scope| {
         let sender = scope.spawn(|| {
             let mut stream = stream;
             stream.write_all(&bytes)?;
-            stream.shutdown(std::net::Shutdown::Write)
+            if close == Close::Early { end() } else { Ok(()) }
         });
         let mut seen = Vec::with_capacity(len);
         let mut reader = stream;
-        let received = reader.read_to_end(&mut seen);
+        let received = match close {
+            Close::Early => reader.read_to_end(&mut seen),
+            Close::Late => reader
+                .take(len as u64)
+                .read_to_end(&mut seen)
+                .and_then(|_| end())
+                .and_then(|()| reader.read_to_end(&mut seen)),
+        };
         if received.is_err() {
             // So that the sender does not wait for a peer that has stopped.
-            let _ = stream.shutdown(std::net::Shutdown::Both);
+            let _ = stream.shutdown(Shutdown::Both);
         }
         let sent = sender.join().map_err(|_| "the sender panicked".to_owned())?;
         if let Err(e) = received {
@@ -79,10 +161,22 @@ pub fn echo(mut stream: TcpStream) -> std::io::Result<()> {
     let mut chunk = vec![0; 64 << 10];
     loop {
         match stream.read(&mut chunk)? {
-            0 => return stream.shutdown(std::net::Shutdown::Write),
+            0 => return stream.shutdown(Shutdown::Write),
             len => stream.write_all(&chunk[..len])?,
         }
     }
+}
+
+/// The guest's part of an exchange that begins at the host: takes one connection and gives back what comes. It goes on
+/// until the end of the input, as what is on its way would be lost with the guest.
+pub fn serve_once(port: u16, ready: &str) -> Result<(), String> {
+    let text = |e: std::io::Error| format!("inbound: {e}");
+    let listener = TcpListener::bind(("0.0.0.0", port)).map_err(text)?;
+    println!("{ready}");
+    let (stream, _) = listener.accept().map_err(text)?;
+    echo(stream).map_err(text)?;
+    std::io::copy(&mut std::io::stdin(), &mut std::io::sink()).map_err(text)?;
+    Ok(())
 }
 
 /// Echoes TCP and UDP on one port until the process ends; returns the port.

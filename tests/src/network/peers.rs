@@ -13,7 +13,7 @@ use std::time::Duration;
 
 use krun::{Net, NetPeer, Offloads};
 
-use super::{Offer, echo_servers, exchange, in_namespace, ip, ping};
+use super::{Close, Offer, echo_servers, exchange, in_namespace, ip, ping};
 use crate::harness::{Case, Env, Failure, TempDir, run, same, start};
 
 pub const TAP: Case = Case { name: "net_tap", host: tap, guest: guest_tap };
@@ -32,7 +32,7 @@ fn guest_tap(args: &[OsString]) -> Result<u8, String> {
     let port = args.first().and_then(|w| w.to_str()?.parse().ok()).ok_or("no port")?;
     for seed in 0..2 {
         let stream = TcpStream::connect((SERVER_TEXT, port)).map_err(|e| format!("connect: {e}"))?;
-        exchange(&stream, 16 << 20, seed)?;
+        exchange(&stream, 16 << 20, seed, Close::Early)?;
     }
     for len in [1, 1400, 20_000] {
         ping((SERVER_TEXT, port), len)?;
