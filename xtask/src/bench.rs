@@ -1,6 +1,7 @@
 //! `cargo xtask bench`: our programs beside those of others, in one run in the emulated host.
 
 mod boot;
+mod io;
 
 /// Runs the benchmark named first.
 ///
@@ -10,6 +11,8 @@ pub fn run(args: &[String]) -> Result<(), String> {
     match args {
         [what] if what == "boot" => boot::run(boot::ROUNDS),
         [what, rounds] if what == "boot" => boot::run(rounds),
-        _ => Err("usage: cargo xtask bench boot [ROUNDS]".into()),
+        [what] if what == "io" => io::run(io::ROUNDS),
+        [what, rounds] if what == "io" => io::run(rounds),
+        _ => Err("usage: cargo xtask bench boot|io [ROUNDS]".into()),
     }
 }

@@ -21,7 +21,12 @@ type Command = (&'static str, &'static str, &'static str, fn(&[String]) -> Resul
 
 const COMMANDS: &[Command] = &[
     ("demo", "", "runs a Python program in a microVM, getting what is missing", |_| demo::run()),
-    ("bench", "boot [ROUNDS]", "times the boot beside peers, in the emulated host", bench::run),
+    (
+        "bench",
+        "boot|io [ROUNDS]",
+        "times the boot, or devices, beside peers in the emulated host",
+        bench::run,
+    ),
     ("test", "[NAME...]", "runs all tests, or the VM tests whose names start so", test::run),
     (
         "kernel",

@@ -4,6 +4,7 @@
 //! krun-bench times ROUNDS VARIANTS    LABEL LEAST MEDIAN MOST, in ms; every round runs each variant once
 //! krun-bench exits VARIANTS           LABEL REASON=N...: how often vCPUs left KVM for the program
 //! krun-bench memory SECONDS VARIANTS  LABEL KIB: private memory after so long, guest RAM and kernel apart
+//! krun-bench figures ROUNDS VARIANTS  LABEL NAME MEDIAN UNIT of the lines NAME VALUE UNIT that variants print
 //! VARIANTS: LABEL [KEY=VALUE...] -- PROGRAM [ARGUMENT...] [;; VARIANTS]
 //! ```
 
@@ -12,6 +13,8 @@ use std::ffi::OsString;
 use std::os::unix::ffi::OsStrExt;
 use std::process::{Child, Command, ExitCode, Stdio};
 use std::time::{Duration, Instant};
+
+const MODES: &str = "the first word is times, exits, memory or figures";
 
 struct Variant {
     label: String,
@@ -25,12 +28,14 @@ fn main() -> ExitCode {
     let number = |word: &OsString| word.to_str().and_then(|n| n.parse::<u32>().ok());
     let result = match words.split_first() {
         Some((mode, rest)) if mode == "exits" => variants(rest).and_then(exits),
-        Some((mode, [n, rest @ ..])) if mode == "times" || mode == "memory" => match number(n) {
-            Some(rounds) if mode == "times" => variants(rest).and_then(|all| times(rounds, all)),
-            Some(seconds) => variants(rest).and_then(|all| memory(seconds, all)),
-            None => Err(format!("{} is no number", n.display())),
+        Some((mode, [n, rest @ ..])) => match (mode.to_str(), number(n)) {
+            (Some("times"), Some(rounds)) => variants(rest).and_then(|all| times(rounds, all)),
+            (Some("memory"), Some(seconds)) => variants(rest).and_then(|all| memory(seconds, all)),
+            (Some("figures"), Some(rounds)) => variants(rest).and_then(|all| figures(rounds, &all)),
+            (Some("times" | "memory" | "figures"), None) => Err(format!("{} is no number", n.display())),
+            _ => Err(MODES.into()),
         },
-        _ => Err("the first word is times, exits or memory".into()),
+        _ => Err(MODES.into()),
     };
     match result {
         Ok(()) => ExitCode::SUCCESS,
@@ -88,6 +93,57 @@ fn times(rounds: u32, mut variants: Vec<Variant>) -> Result<(), String> {
         let ms = |t: Option<&Duration>| t.map_or(0.0, |t| t.as_secs_f64() * 1e3);
         let middle = v.times.get(v.times.len() / 2);
         println!("{}\t{:.4}\t{:.4}\t{:.4}", v.label, ms(v.times.first()), ms(middle), ms(v.times.last()));
+    }
+    Ok(())
+}
+
+/// What a variant has printed of one figure, in all rounds.
+#[derive(Debug, Default, PartialEq)]
+struct Figure {
+    name: String,
+    unit: String,
+    values: Vec<f64>,
+}
+
+/// Takes in what one run has printed; figures stay in the order of their first line.
+fn collect(text: &str, figures: &mut Vec<Figure>) -> Result<(), String> {
+    for line in text.lines() {
+        let [name, value, unit] = line.split('\t').collect::<Vec<_>>()[..] else {
+            return Err(format!("{line:?} is no figure"));
+        };
+        let value = value.parse().map_err(|e| format!("{line:?}: {e}"))?;
+        match figures.iter_mut().find(|f| f.name == name) {
+            Some(figure) => figure.values.push(value),
+            None => figures.push(Figure { name: name.into(), unit: unit.into(), values: vec![value] }),
+        }
+    }
+    Ok(())
+}
+
+fn figures(rounds: u32, variants: &[Variant]) -> Result<(), String> {
+    let mut all: Vec<Vec<Figure>> = variants.iter().map(|_| Vec::new()).collect();
+    for _ in 0..rounds.max(1) {
+        for (v, figures) in variants.iter().zip(&mut all) {
+            let mut command = command(&v.argv)?;
+            command.envs(v.env.clone()).stdout(Stdio::piped()).stderr(Stdio::inherit());
+            let out = command.output();
+            let out = out.map_err(|e| format!("{}: {e}", v.label))?;
+            if !out.status.success() {
+                return Err(format!("{} ended with {}", v.label, out.status));
+            }
+            collect(&String::from_utf8_lossy(&out.stdout), figures)
+                .map_err(|e| format!("{}: {e}", v.label))?;
+            if figures.is_empty() {
+                return Err(format!("{} has printed no figure", v.label));
+            }
+        }
+    }
+    for (v, figures) in variants.iter().zip(&mut all) {
+        for figure in figures {
+            figure.values.sort_by(f64::total_cmp);
+            let median = figure.values[figure.values.len() / 2];
+            println!("{}\t{}\t{median}\t{}", v.label, figure.name, figure.unit);
+        }
     }
     Ok(())
 }
@@ -170,6 +226,22 @@ fn private_kib(smaps: &str) -> Result<u64, String> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn figures_are_collected_by_name() {
+        let mut figures = Vec::new();
+        collect("b\t1.5\tMiB/s\na\t2\t1/s\n", &mut figures).unwrap();
+        collect("a\t3\t1/s\n", &mut figures).unwrap();
+        let figure = |name: &str, unit: &str, values: &[f64]| Figure {
+            name: name.into(),
+            unit: unit.into(),
+            values: values.into(),
+        };
+        assert_eq!(figures, [figure("b", "MiB/s", &[1.5]), figure("a", "1/s", &[2.0, 3.0])]);
+        for bad in ["a", "a\tx\t1/s", "a\t1\t1/s\tmore"] {
+            assert!(collect(bad, &mut figures).is_err(), "{bad}");
+        }
+    }
 
     #[test]
     fn guest_memory_is_not_counted() {
