@@ -46,6 +46,7 @@ use krun_wire::EXIT_SETUP;
 use crate::config::Setup;
 use crate::failure::{Failure, show};
 use crate::log::Log;
+use crate::net::Network;
 use crate::spawn::Command;
 use crate::stdio::{Plan, Streams};
 use crate::supervise::Supervisor;
@@ -101,7 +102,7 @@ fn guest(
     if setup.config.block_root.is_none() {
         mounted?;
     }
-    prepare(&mut setup, log)?;
+    let network = prepare(&mut setup, log)?;
     let replace_init = setup.replace_init;
     let command = Command::new(setup)?;
     command.make_room();
@@ -126,7 +127,7 @@ fn guest(
         log.flush();
     }
     log.clear_warnings();
-    let status = Supervisor::new(pid, signals, &mut streams, log).run();
+    let status = Supervisor::new(pid, signals, &mut streams, network, log).run();
     log.step("the command has ended");
     if streams.terminal().is_some() && !*verbose {
         report::silence_kernel();
@@ -134,8 +135,8 @@ fn guest(
     Ok(status)
 }
 
-/// Makes the system what the configuration says.
-fn prepare(setup: &mut Setup, log: &mut Log) -> Result<(), Failure> {
+/// Makes the system what the configuration says; gives back the leases of its interfaces.
+fn prepare(setup: &mut Setup, log: &mut Log) -> Result<Network, Failure> {
     if let Some(root) = &setup.config.block_root {
         root::switch(root)?;
         log.clear_warnings();
@@ -158,11 +159,12 @@ fn prepare(setup: &mut Setup, log: &mut Log) -> Result<(), Failure> {
     if let Err(e) = loopback() {
         log.warn(format!("The loopback interface is down: {e}."));
     }
-    if !config.dhcp.is_empty() {
-        net::configure(&config.dhcp, log);
-        log.step("the network is configured");
+    if config.dhcp.is_empty() {
+        return Ok(Network::default());
     }
-    Ok(())
+    let network = net::configure(&config.dhcp, log);
+    log.step("the network is configured");
+    Ok(network)
 }
 
 /// Brings up 127.0.0.1 and ::1.

@@ -1,4 +1,4 @@
-//! What process 1 does while the command runs: reap, pass on signals and streams, watch the end.
+//! What process 1 does while the command runs: reap, pass on signals and streams, keep leases, watch the end.
 
 use std::os::fd::OwnedFd;
 use std::time::Duration;
@@ -9,6 +9,7 @@ use rustix::process::{Pid, WaitOptions, WaitStatus};
 
 use crate::control::Control;
 use crate::log::{Log, uptime};
+use crate::net::Network;
 use crate::relay::Interest;
 use crate::stdio::Streams;
 use crate::sys;
@@ -29,6 +30,7 @@ pub struct Supervisor<'a> {
     alone: bool,
     signals: OwnedFd,
     streams: &'a mut Streams,
+    network: Network,
     control: Control,
     /// When to kill everything, as the host wants.
     kill_at: Option<Duration>,
@@ -44,7 +46,13 @@ fn status_of(status: WaitStatus) -> Option<i32> {
 
 impl<'a> Supervisor<'a> {
     /// Takes over right after the command's start. `signals` tells of children's ends.
-    pub fn new(command: Pid, signals: OwnedFd, streams: &'a mut Streams, log: &'a mut Log) -> Self {
+    pub fn new(
+        command: Pid,
+        signals: OwnedFd,
+        streams: &'a mut Streams,
+        network: Network,
+        log: &'a mut Log,
+    ) -> Self {
         let control = Control::new(command.as_raw_nonzero().get());
         Self {
             command,
@@ -52,6 +60,7 @@ impl<'a> Supervisor<'a> {
             alone: false,
             signals,
             streams,
+            network,
             control,
             kill_at: None,
             drain_until: None,
@@ -101,6 +110,7 @@ impl<'a> Supervisor<'a> {
         if let Some(trouble) = trouble {
             self.log.say(&trouble);
         }
+        self.network.turn(self.log);
         if self.kill_at.is_some_and(|at| uptime() >= at) {
             self.kill_at = None;
             sys::signal_everyone(libc::SIGKILL);
@@ -122,6 +132,8 @@ impl<'a> Supervisor<'a> {
             add(&mut fds, pipe)
         });
         add(&mut fds, self.control.interest());
+        // Looked at in any case.
+        fds.extend(self.network.sockets().map(|fd| PollFd::from_borrowed_fd(fd, PollFlags::IN)));
         let timeout = self.next_due().map(|due| timespec(due.saturating_sub(uptime())));
         if poll(&mut fds, timeout.as_ref()).is_err() {
             // Interrupted: nothing is known, and the next turn asks again.
@@ -135,7 +147,13 @@ impl<'a> Supervisor<'a> {
         let outputs = self.streams.outputs.iter().filter_map(crate::relay::Output::due);
         let input = self.streams.input.as_ref().and_then(crate::relay::Input::due);
         let drain = self.drain_until.filter(|_| self.status.is_some());
-        outputs.chain(input).chain(self.kill_at).chain(drain).chain(self.control.due()).min()
+        outputs
+            .chain(input)
+            .chain(self.kill_at)
+            .chain(drain)
+            .chain(self.control.due())
+            .chain(self.network.due())
+            .min()
     }
 
     /// Collects every child that has ended.

@@ -87,6 +87,7 @@ pub const ALL: &[Case] = &[
     network::gvproxy::GVPROXY,
     network::peers::TAP,
     network::peers::DATAGRAM,
+    network::lease::LEASE,
     disk::CASE,
     disk::SIZE,
     disk::FORMATS,

@@ -2,6 +2,7 @@
 //! DHCP server.
 
 pub mod gvproxy;
+pub mod lease;
 pub mod passt;
 pub mod peers;
 
@@ -225,6 +226,8 @@ pub struct Offer {
     pub server: [u8; 4],
     /// The network's MTU.
     pub mtu: u16,
+    /// How long the address may be used.
+    pub seconds: u32,
 }
 
 impl Offer {
@@ -238,7 +241,9 @@ impl Offer {
         let mut answer = message.get(..240)?.to_vec();
         answer[0] = 2;
         answer[16..20].copy_from_slice(&self.address);
-        answer.extend([53, 1, kind, 1, 4, 255, 255, 255, 0, 51, 4, 0, 0, 255, 255, 26, 2]);
+        answer.extend([53, 1, kind, 1, 4, 255, 255, 255, 0, 51, 4]);
+        answer.extend(self.seconds.to_be_bytes());
+        answer.extend([26, 2]);
         answer.extend(self.mtu.to_be_bytes());
         for code in [3, 6, 54] {
             answer.extend([code, 4]);

@@ -23,9 +23,9 @@ const SERVER: [u8; 4] = [10, 99, 0, 1];
 const SERVER_TEXT: &str = "10.99.0.1";
 const ADDRESS: [u8; 4] = [10, 99, 0, 2];
 /// As the tap interface has it.
-const TAP_OFFER: Offer = Offer { address: ADDRESS, server: SERVER, mtu: 1500 };
+const TAP_OFFER: Offer = Offer { address: ADDRESS, server: SERVER, mtu: 1500, seconds: 65535 };
 /// Room for a datagram of 20,000 bytes in one frame.
-const OFFER: Offer = Offer { address: ADDRESS, server: SERVER, mtu: 30_000 };
+const OFFER: Offer = Offer { address: ADDRESS, server: SERVER, mtu: 30_000, seconds: 65535 };
 const PORT: u16 = 7;
 
 fn guest_tap(args: &[OsString]) -> Result<u8, String> {

@@ -1,10 +1,10 @@
-//! Messages of DHCP (RFC 2131, 2132, 3442) in their IP packets, for one who has no address yet.
+//! Messages of DHCP (RFC 2131, 2132, 3442), and their IP packets for one who has no address yet.
 
 /// An IPv4 address.
 pub type Address = [u8; 4];
 
-const SERVER_PORT: u16 = 67;
-const CLIENT_PORT: u16 = 68;
+pub const SERVER_PORT: u16 = 67;
+pub const CLIENT_PORT: u16 = 68;
 const IP_HEADER: usize = 20;
 const UDP_HEADER: usize = 8;
 /// Bytes of a message before its options.
@@ -42,6 +42,11 @@ pub enum Ask {
         /// By whom.
         server: Address,
     },
+    /// That address for longer, please: it is in use.
+    Renew {
+        /// Which.
+        address: Address,
+    },
 }
 
 /// What the server says.
@@ -78,14 +83,22 @@ pub struct Lease {
     pub seconds: Option<u32>,
 }
 
-/// The packet that asks.
+/// The packet that asks, to everybody.
 pub fn ask(ask: Ask, mac: [u8; 6], id: u32, seconds: u16) -> Vec<u8> {
+    packet(&request(ask, mac, id, seconds))
+}
+
+/// The message that asks.
+pub fn request(ask: Ask, mac: [u8; 6], id: u32, seconds: u16) -> Vec<u8> {
     let mut message = vec![0; FIXED];
     // A request, over Ethernet, with addresses of 6 bytes.
     message[..3].copy_from_slice(&[1, 1, 6]);
     message[4..8].copy_from_slice(&id.to_be_bytes());
     message[8..10].copy_from_slice(&seconds.to_be_bytes());
     message[28..34].copy_from_slice(&mac);
+    if let Ask::Renew { address } = ask {
+        message[12..16].copy_from_slice(&address);
+    }
     message.extend(MAGIC);
     let mut put = |code: u8, value: &[u8]| {
         message.extend([code, value.len() as u8]);
@@ -98,6 +111,7 @@ pub fn ask(ask: Ask, mac: [u8; 6], id: u32, seconds: u16) -> Vec<u8> {
             put(option::REQUESTED, &address);
             put(option::SERVER, &server);
         }
+        Ask::Renew { .. } => put(option::KIND, &[3]),
     }
     put(
         option::WANTED,
@@ -113,7 +127,7 @@ pub fn ask(ask: Ask, mac: [u8; 6], id: u32, seconds: u16) -> Vec<u8> {
     );
     message.push(option::END);
     message.resize(message.len().max(LEAST), 0);
-    packet(&message)
+    message
 }
 
 /// Wraps a message of a client without an address, to everybody.
@@ -175,7 +189,11 @@ fn message(packet: &[u8]) -> Option<&[u8]> {
 
 /// Reads the answer to a request with `id` and `mac`; `None` for any other packet.
 pub fn answer(packet: &[u8], mac: [u8; 6], id: u32) -> Option<(Answer, Lease)> {
-    let message = message(packet)?;
+    read(message(packet)?, mac, id)
+}
+
+/// The same without IP and UDP.
+pub fn read(message: &[u8], mac: [u8; 6], id: u32) -> Option<(Answer, Lease)> {
     let is_answer = message.first() == Some(&2);
     if !is_answer
         || array(message, 4)? != id.to_be_bytes()
@@ -294,6 +312,13 @@ mod tests {
         let pseudo = [&packet[12..20], &[0, 17], &len.to_be_bytes()].concat();
         assert_eq!(checksum(&[&pseudo[..], &packet[20..]].concat()), 0xffff);
         assert!(packet.len() >= 28 + LEAST);
+    }
+
+    #[test]
+    fn a_renewal_names_the_address_as_its_own_only() {
+        let message = request(Ask::Renew { address: [10, 0, 0, 2] }, MAC, 5, 1);
+        assert_eq!(message[12..16], [10, 0, 0, 2]);
+        assert_eq!(message[FIXED + 4..FIXED + 8], [option::KIND, 1, 3, option::WANTED]);
     }
 
     #[test]

@@ -1,6 +1,7 @@
 //! The network: addresses by DHCP. IPv6 addresses come from the kernel, which listens to routers by itself.
 
 mod dhcp;
+mod keep;
 mod netlink;
 mod resolver;
 
@@ -12,6 +13,7 @@ use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::net::{RecvFlags, recv};
 
 use dhcp::{Answer, Ask, Lease};
+use keep::Holder;
 use netlink::Netlink;
 
 use crate::config::read_file;
@@ -19,10 +21,14 @@ use crate::failure::show;
 use crate::log::{Log, uptime};
 use crate::sys;
 
+pub use keep::Network;
+
 /// How long a server may take, for all interfaces together: the command waits.
 const DEADLINE: Duration = Duration::from_secs(5);
 /// When a question is asked again for the first time; each time it takes twice as long.
 const AGAIN: Duration = Duration::from_millis(250);
+/// The longest time between two questions.
+const MOST_PAUSE: Duration = Duration::from_secs(64);
 /// Routes of the first interface have this metric, those of others one more each.
 const METRIC: u32 = 100;
 /// Bytes of a packet; a longer one is no answer.
@@ -39,16 +45,26 @@ struct Client {
     start: Duration,
     again: Duration,
     pause: Duration,
+    /// When the last question was asked.
+    asked: Duration,
     lease: Option<Lease>,
 }
 
 /// Configures interfaces. What does not work is told in the kernel's log: many commands do without a network.
-pub fn configure(names: &[Vec<u8>], log: &mut Log) {
+/// Gives back the leases, which are to be kept.
+pub fn configure(names: &[Vec<u8>], log: &mut Log) -> Network {
     let mut problems = Vec::new();
+    let mut network = Network::default();
     match run(names, &mut problems) {
-        Ok(leases) => {
-            if let Err(e) = resolver::write(leases.iter()) {
-                problems.push(format!("/etc/resolv.conf cannot be written: {e}."));
+        Ok(clients) => {
+            let with_lease = clients.into_iter().enumerate().filter_map(|(n, mut client)| {
+                let lease = client.lease.take()?;
+                Some(Holder::new(client, lease, METRIC + n as u32))
+            });
+            network.holders = with_lease.collect();
+            match resolver::write(network.leases()) {
+                Ok(file) => network.file = file,
+                Err(e) => problems.push(format!("/etc/resolv.conf cannot be written: {e}.")),
             }
         }
         Err(e) => problems.push(format!("The network cannot be configured: {e}.")),
@@ -57,9 +73,10 @@ pub fn configure(names: &[Vec<u8>], log: &mut Log) {
         log.say(&problem);
         log.warn(problem);
     }
+    network
 }
 
-fn run(names: &[Vec<u8>], problems: &mut Vec<String>) -> io::Result<Vec<Lease>> {
+fn run(names: &[Vec<u8>], problems: &mut Vec<String>) -> io::Result<Vec<Client>> {
     let mut netlink = Netlink::open()?;
     let mut clients = Vec::new();
     for name in names {
@@ -73,7 +90,7 @@ fn run(names: &[Vec<u8>], problems: &mut Vec<String>) -> io::Result<Vec<Lease>> 
     for client in clients.iter().filter(|c| c.lease.is_none()) {
         problems.push(format!("No DHCP server has answered on {} in {DEADLINE:?}.", show(&client.name)));
     }
-    Ok(clients.into_iter().filter_map(|c| c.lease).collect())
+    Ok(clients)
 }
 
 /// Asks and listens until all have their answer.
@@ -142,6 +159,7 @@ impl Client {
             start,
             again: start,
             pause: AGAIN,
+            asked: start,
             lease: None,
         })
     }
@@ -149,8 +167,8 @@ impl Client {
     fn send(&mut self, now: Duration) -> io::Result<()> {
         let seconds = u16::try_from(now.saturating_sub(self.start).as_secs()).unwrap_or(u16::MAX);
         let packet = dhcp::ask(self.ask, self.mac, self.id, seconds);
-        self.again = now + self.pause;
-        self.pause *= 2;
+        (self.asked, self.again) = (now, now + self.pause);
+        self.pause = (self.pause * 2).min(MOST_PAUSE);
         match sys::broadcast(self.socket.as_fd(), self.index, &packet) {
             // The link is down, or full: asked again later.
             Err(e) if matches!(e.raw_os_error(), Some(libc::ENETDOWN | libc::ENOBUFS | libc::EAGAIN)) => {

@@ -9,6 +9,7 @@ use super::dhcp::{Lease, Route};
 
 const NEW_LINK: u16 = 16;
 const NEW_ADDRESS: u16 = 20;
+const DELETE_ADDRESS: u16 = 21;
 const NEW_ROUTE: u16 = 24;
 const ERROR: u16 = 2;
 /// A request that wants an answer.
@@ -70,17 +71,18 @@ impl Netlink {
         if let Some(mtu) = lease.mtu {
             self.mtu(index, mtu)?;
         }
-        // Family, prefix, flags, scope, interface; the address as the own one and as the peer's.
-        let mut body = vec![INET, lease.prefix, 0, 0];
-        body.extend(index.to_ne_bytes());
-        attribute(&mut body, 2, &lease.address);
-        attribute(&mut body, 1, &lease.address);
+        let mut body = address(index, lease);
         if lease.prefix < 31 {
             let host = u32::MAX.checked_shr(lease.prefix.into()).unwrap_or(0);
             attribute(&mut body, 4, &(u32::from_be_bytes(lease.address) | host).to_be_bytes());
         }
         self.request(NEW_ADDRESS, CREATE, &body)?;
         lease.routes.iter().try_for_each(|route| self.route(index, route, lease, metric))
+    }
+
+    /// Takes the address of a lease away, and the routes with it.
+    pub fn remove(&mut self, index: u32, lease: &Lease) -> io::Result<()> {
+        self.request(DELETE_ADDRESS, 0, &address(index, lease))
     }
 
     fn route(&mut self, index: u32, route: &Route, lease: &Lease, metric: u32) -> io::Result<()> {
@@ -108,6 +110,15 @@ fn link(index: u32, flags: u32) -> Vec<u8> {
     for word in [index, flags, flags] {
         body.extend(word.to_ne_bytes());
     }
+    body
+}
+
+/// An address: family, prefix, flags, scope, interface; the address as the own one and as the peer's.
+fn address(index: u32, lease: &Lease) -> Vec<u8> {
+    let mut body = vec![INET, lease.prefix, 0, 0];
+    body.extend(index.to_ne_bytes());
+    attribute(&mut body, 2, &lease.address);
+    attribute(&mut body, 1, &lease.address);
     body
 }
 

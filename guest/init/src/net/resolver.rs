@@ -1,5 +1,7 @@
 //! The name servers' file.
 
+use std::os::fd::OwnedFd;
+
 use rustix::fs::{CWD, Mode, OFlags};
 use rustix::io::Errno;
 use rustix::mount::mount_bind;
@@ -15,15 +17,23 @@ const OWN: &str = "/dev/.resolv.conf";
 const MOST: usize = 3;
 
 /// Makes `/etc/resolv.conf` say what the leases say. The root's own file, which may be the host's, is covered and not
-/// changed; where there is none, an empty one is made to be covered.
-pub fn write<'a>(leases: impl Iterator<Item = &'a Lease> + Clone) -> Result<(), Errno> {
-    let Some(text) = contents(leases) else { return Ok(()) };
+/// changed; where there is none, an empty one is made to be covered. Gives back the file, if there was something to say.
+pub fn write<'a>(leases: impl Iterator<Item = &'a Lease> + Clone) -> Result<Option<OwnedFd>, Errno> {
+    let Some(text) = contents(leases) else { return Ok(None) };
     let mode = Mode::from_raw_mode(0o644);
     let file =
         rustix::fs::open(OWN, OFlags::WRONLY | OFlags::CREATE | OFlags::TRUNC | OFlags::CLOEXEC, mode)?;
     let result = rustix::io::write(&file, text.as_bytes()).and_then(|_| cover(mode));
     let _ = rustix::fs::unlink(OWN);
-    result
+    result.map(|()| Some(file))
+}
+
+/// Makes the file that [`write`] made say something else.
+pub fn update<'a>(file: &OwnedFd, leases: impl Iterator<Item = &'a Lease> + Clone) -> Result<(), Errno> {
+    // Old servers are better than none.
+    let Some(text) = contents(leases) else { return Ok(()) };
+    rustix::io::pwrite(file, text.as_bytes(), 0)?;
+    rustix::fs::ftruncate(file, text.len() as u64)
 }
 
 fn cover(mode: Mode) -> Result<(), Errno> {
