@@ -2,6 +2,7 @@
 
 mod boot;
 mod io;
+mod net;
 
 /// Runs the benchmark named first.
 ///
@@ -13,6 +14,8 @@ pub fn run(args: &[String]) -> Result<(), String> {
         [what, rounds] if what == "boot" => boot::run(rounds),
         [what] if what == "io" => io::run(io::ROUNDS),
         [what, rounds] if what == "io" => io::run(rounds),
-        _ => Err("usage: cargo xtask bench boot|io [ROUNDS]".into()),
+        [what] if what == "net" => net::run(net::SECONDS),
+        [what, seconds] if what == "net" => net::run(seconds),
+        _ => Err("usage: cargo xtask bench boot|io [ROUNDS] | net [SECONDS]".into()),
     }
 }

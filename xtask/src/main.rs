@@ -23,8 +23,8 @@ const COMMANDS: &[Command] = &[
     ("demo", "", "runs a Python program in a microVM, getting what is missing", |_| demo::run()),
     (
         "bench",
-        "boot|io [ROUNDS]",
-        "times the boot, or devices, beside peers in the emulated host",
+        "boot|io [ROUNDS] | net [SECONDS]",
+        "boot, devices or networks beside peers, in the emulated host",
         bench::run,
     ),
     ("test", "[NAME...]", "runs all tests, or the VM tests whose names start so", test::run),

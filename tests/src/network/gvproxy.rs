@@ -27,7 +27,7 @@ const HOST_NAME: &str = "host.containers.internal";
 /// Port of the guest, and of the host, for connections from the host.
 const INBOUND: u16 = 7777;
 /// Bytes each way.
-const AMOUNT: usize = 8 << 20;
+const AMOUNT: usize = 4 << 20;
 
 fn guest(args: &[OsString]) -> Result<u8, String> {
     let port = arg(args, 0)?;

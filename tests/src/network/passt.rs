@@ -28,7 +28,7 @@ const DNS: &str = "192.168.77.53";
 /// Port of the guest that passt makes reachable.
 const INBOUND: u16 = 7777;
 /// Bytes each way.
-const AMOUNT: usize = 8 << 20;
+const AMOUNT: usize = 4 << 20;
 
 /// Starts passt; it listens before this returns.
 fn start_passt(socket: &Path) -> Result<Program, Failure> {
