@@ -41,8 +41,8 @@ pub fn kernel() -> Result<PathBuf, String> {
     })
 }
 
-/// The path of Debian 13's gvproxy, which needs no newer library than Debian 12 has, fetched with apt into the cache if it
-/// is not there.
+/// The path of Debian 13's gvproxy, which needs no newer library than Debian 12 has, fetched with apt into the cache if
+/// it is not there.
 ///
 /// # Errors
 /// As for [`bundle`].

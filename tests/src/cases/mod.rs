@@ -88,6 +88,7 @@ pub const ALL: &[Case] = &[
     network::peers::TAP,
     network::peers::DATAGRAM,
     network::lease::LEASE,
+    network::routers::ROUTERS,
     disk::CASE,
     disk::SIZE,
     disk::FORMATS,

@@ -5,6 +5,7 @@ pub mod gvproxy;
 pub mod lease;
 pub mod passt;
 pub mod peers;
+pub mod routers;
 
 use std::ffi::OsString;
 use std::io::{Read, Write};

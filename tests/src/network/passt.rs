@@ -4,8 +4,8 @@
 //! All of it is in a network namespace of the host: an interface with a default route, which passt takes as a model
 //! for the guest's, and servers on the loopback interface, which the guest finds under the router's address.
 //!
-//! passt forgets what the guest has acknowledged once the guest has closed a connection for sending, and sends data again,
-//! to guests of QEMU as well; so no side here does that before it has its answer.
+//! passt forgets what the guest has acknowledged once the guest has closed a connection for sending, and sends data
+//! again, to guests of QEMU as well; so no side here does that before it has its answer.
 
 use std::ffi::OsString;
 use std::fs;

@@ -67,7 +67,8 @@ fn guest_root(stage: &Path) -> Result<PathBuf, String> {
     write(&root.join("bench"), include_str!("net-guest.sh"))?;
     write(&root.join("init"), include_str!("net-init.sh"))?;
     let script = "chmod 755 init && cp /bin/busybox bin/ && \
-        for name in $(bin/busybox --list); do [ $name = busybox ] || ln -sf busybox bin/$name; done && cp -L $(command -v iperf3) bin/ && \
+        for name in $(bin/busybox --list); do [ $name = busybox ] || ln -sf busybox bin/$name; done && \
+        cp -L $(command -v iperf3) bin/ && \
         ldd bin/iperf3 | sed -n 's/.*[[:space:]]\\(\\/[^ ]*\\) (0x.*/\\1/p' | while read -r lib; do \
         mkdir -p \".${lib%/*}\" && cp -L \"$lib\" \".$lib\" || exit 1; done && \
         find . | cpio --quiet -o -H newc > ../initrd.cpio";

@@ -1,4 +1,5 @@
-//! Leases while the command runs: renewed in time, and asked for anew when they are lost (RFC 2131, section 4.4.5).
+//! What was configured, while the command runs: leases are renewed in time, and asked for anew when they are lost
+//! (RFC 2131, section 4.4.5); routers are listened to.
 
 use std::io;
 use std::net::{Ipv4Addr, SocketAddrV4};
@@ -11,6 +12,7 @@ use rustix::net::{
 
 use super::dhcp::{self, Answer, Ask, Lease};
 use super::netlink::Netlink;
+use super::rdnss::Routers;
 use super::{Client, PACKET, resolver};
 use crate::failure::show;
 use crate::log::{Log, uptime};
@@ -18,11 +20,12 @@ use crate::log::{Log, uptime};
 /// A question is not asked again before this, unless the lease comes to another stage.
 const LEAST_PAUSE: Duration = Duration::from_secs(60);
 
-/// All interfaces that got a lease, and the name servers' file.
+/// All interfaces that got a lease, the routers, and the name servers' file.
 #[derive(Default)]
 pub struct Network {
     pub(super) holders: Vec<Holder>,
-    pub(super) file: Option<OwnedFd>,
+    routers: Option<Routers>,
+    file: Option<OwnedFd>,
 }
 
 /// An interface and its lease.
@@ -74,27 +77,45 @@ impl Times {
 }
 
 impl Network {
-    pub(super) fn leases(&self) -> impl Iterator<Item = &Lease> + Clone {
-        self.holders.iter().map(|holder| &holder.lease)
+    /// Without leases yet.
+    pub(super) fn new(routers: Option<Routers>) -> Self {
+        Self { routers, ..Self::default() }
+    }
+
+    /// True when they tell of other name servers than before.
+    pub(super) fn hear_routers(&mut self, now: Duration) -> bool {
+        self.routers.as_mut().is_some_and(|routers| routers.turn(now))
+    }
+
+    /// Makes the name servers' file say what is known.
+    pub(super) fn write(&mut self) -> Result<(), rustix::io::Errno> {
+        let names = self.routers.as_ref().map(Routers::names).unwrap_or_default();
+        let leases = self.holders.iter().map(|holder| &holder.lease);
+        match &self.file {
+            Some(file) => resolver::update(file, leases, &names),
+            None => resolver::write(leases, &names).map(|file| self.file = file),
+        }
     }
 
     /// When [`Network::turn`] has something to do.
     pub fn due(&self) -> Option<Duration> {
-        self.holders.iter().filter_map(Holder::due).min()
+        let routers = self.routers.as_ref().and_then(Routers::due);
+        self.holders.iter().filter_map(Holder::due).chain(routers).min()
     }
 
     /// Where answers come in.
     pub fn sockets(&self) -> impl Iterator<Item = BorrowedFd<'_>> {
-        self.holders.iter().filter_map(|holder| match &holder.stage {
+        let asking = self.holders.iter().filter_map(|holder| match &holder.stage {
             Stage::Bound(_) => None,
             Stage::Asking { socket, .. } => Some(socket.as_fd()),
             Stage::Lost(client) => Some(client.socket.as_fd()),
-        })
+        });
+        asking.chain(self.routers.as_ref().map(Routers::socket))
     }
 
     /// Asks and listens; what goes wrong is told in the kernel's log.
     pub fn turn(&mut self, log: &mut Log) {
-        let mut changed = false;
+        let mut changed = self.hear_routers(uptime());
         for holder in &mut self.holders {
             match holder.turn(uptime(), log) {
                 Ok(new) => changed |= new,
@@ -107,14 +128,8 @@ impl Network {
                 }
             }
         }
-        if changed {
-            let result = match &self.file {
-                Some(file) => resolver::update(file, self.leases()),
-                None => resolver::write(self.leases()).map(|file| self.file = file),
-            };
-            if let Err(e) = result {
-                log.say(&format!("/etc/resolv.conf cannot be written: {e}."));
-            }
+        if changed && let Err(e) = self.write() {
+            log.say(&format!("/etc/resolv.conf cannot be written: {e}."));
         }
     }
 }

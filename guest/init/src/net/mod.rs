@@ -1,8 +1,10 @@
-//! The network: addresses by DHCP. IPv6 addresses come from the kernel, which listens to routers by itself.
+//! The network: addresses by DHCP, name servers also from IPv6 routers. IPv6 addresses come from the kernel, which listens to
+//! routers by itself.
 
 mod dhcp;
 mod keep;
 mod netlink;
+mod rdnss;
 mod resolver;
 
 use std::io;
@@ -15,6 +17,7 @@ use rustix::net::{RecvFlags, recv};
 use dhcp::{Answer, Ask, Lease};
 use keep::Holder;
 use netlink::Netlink;
+use rdnss::Routers;
 
 use crate::config::read_file;
 use crate::failure::show;
@@ -54,7 +57,10 @@ struct Client {
 /// Gives back the leases, which are to be kept.
 pub fn configure(names: &[Vec<u8>], log: &mut Log) -> Network {
     let mut problems = Vec::new();
-    let mut network = Network::default();
+    // Before any interface is up, so that no router is missed.
+    let routers =
+        Routers::open().map_err(|e| problems.push(format!("IPv6 routers are not heard: {e}."))).ok();
+    let mut network = Network::new(routers);
     match run(names, &mut problems) {
         Ok(clients) => {
             let with_lease = clients.into_iter().enumerate().filter_map(|(n, mut client)| {
@@ -62,9 +68,9 @@ pub fn configure(names: &[Vec<u8>], log: &mut Log) -> Network {
                 Some(Holder::new(client, lease, METRIC + n as u32))
             });
             network.holders = with_lease.collect();
-            match resolver::write(network.leases()) {
-                Ok(file) => network.file = file,
-                Err(e) => problems.push(format!("/etc/resolv.conf cannot be written: {e}.")),
+            network.hear_routers(uptime());
+            if let Err(e) = network.write() {
+                problems.push(format!("/etc/resolv.conf cannot be written: {e}."));
             }
         }
         Err(e) => problems.push(format!("The network cannot be configured: {e}.")),

@@ -1,5 +1,6 @@
 //! The name servers' file.
 
+use std::net::Ipv4Addr;
 use std::os::fd::OwnedFd;
 
 use rustix::fs::{CWD, Mode, OFlags};
@@ -17,9 +18,13 @@ const OWN: &str = "/dev/.resolv.conf";
 const MOST: usize = 3;
 
 /// Makes `/etc/resolv.conf` say what the leases say. The root's own file, which may be the host's, is covered and not
-/// changed; where there is none, an empty one is made to be covered. Gives back the file, if there was something to say.
-pub fn write<'a>(leases: impl Iterator<Item = &'a Lease> + Clone) -> Result<Option<OwnedFd>, Errno> {
-    let Some(text) = contents(leases) else { return Ok(None) };
+/// changed; where there is none, an empty one is made to be covered. Gives back the file, unless there was nothing to
+/// say.
+pub fn write<'a>(
+    leases: impl Iterator<Item = &'a Lease> + Clone,
+    others: &[String],
+) -> Result<Option<OwnedFd>, Errno> {
+    let Some(text) = contents(leases, others) else { return Ok(None) };
     let mode = Mode::from_raw_mode(0o644);
     let file =
         rustix::fs::open(OWN, OFlags::WRONLY | OFlags::CREATE | OFlags::TRUNC | OFlags::CLOEXEC, mode)?;
@@ -29,9 +34,13 @@ pub fn write<'a>(leases: impl Iterator<Item = &'a Lease> + Clone) -> Result<Opti
 }
 
 /// Makes the file that [`write`] made say something else.
-pub fn update<'a>(file: &OwnedFd, leases: impl Iterator<Item = &'a Lease> + Clone) -> Result<(), Errno> {
+pub fn update<'a>(
+    file: &OwnedFd,
+    leases: impl Iterator<Item = &'a Lease> + Clone,
+    others: &[String],
+) -> Result<(), Errno> {
     // Old servers are better than none.
-    let Some(text) = contents(leases) else { return Ok(()) };
+    let Some(text) = contents(leases, others) else { return Ok(()) };
     rustix::io::pwrite(file, text.as_bytes(), 0)?;
     rustix::fs::ftruncate(file, text.len() as u64)
 }
@@ -54,18 +63,19 @@ fn cover(mode: Mode) -> Result<(), Errno> {
     mount_bind(OWN, PATH)
 }
 
-/// The text; `None` when there is nothing to say.
-fn contents<'a>(leases: impl Iterator<Item = &'a Lease> + Clone) -> Option<String> {
+/// The text; `None` when there is nothing to say. The leases' servers come first.
+fn contents<'a>(leases: impl Iterator<Item = &'a Lease> + Clone, others: &[String]) -> Option<String> {
     let domain = leases.clone().map(|l| &l.domain).find(|d| !d.is_empty());
     let mut text = domain.map(|d| format!("search {}\n", String::from_utf8_lossy(d))).unwrap_or_default();
-    let mut servers: Vec<_> = Vec::new();
-    for server in leases.flat_map(|l| &l.dns) {
-        if !servers.contains(server) && servers.len() < MOST {
-            servers.push(*server);
+    let mut servers: Vec<String> = Vec::new();
+    let of_leases = leases.flat_map(|l| &l.dns).map(|address| Ipv4Addr::from(*address).to_string());
+    for server in of_leases.chain(others.iter().cloned()) {
+        if !servers.contains(&server) && servers.len() < MOST {
+            servers.push(server);
         }
     }
-    for [a, b, c, d] in &servers {
-        text.push_str(&format!("nameserver {a}.{b}.{c}.{d}\n"));
+    for server in &servers {
+        text.push_str(&format!("nameserver {server}\n"));
     }
     (!servers.is_empty()).then_some(text)
 }
@@ -83,7 +93,10 @@ mod tests {
         };
         let leases = [lease("", &[[1; 4], [2; 4]]), lease("a.b", &[[1; 4], [3; 4], [4; 4]])];
         let wanted = "search a.b\nnameserver 1.1.1.1\nnameserver 2.2.2.2\nnameserver 3.3.3.3\n";
-        assert_eq!(contents(leases.iter()).as_deref(), Some(wanted));
-        assert_eq!(contents([lease("a", &[])].iter()), None);
+        assert_eq!(contents(leases.iter(), &["fe80::1%2".into()]).as_deref(), Some(wanted));
+        assert_eq!(contents([lease("a", &[])].iter(), &[]), None);
+        let wanted = "nameserver 1.1.1.1\nnameserver fe80::1%2\n";
+        let both = contents([lease("", &[[1; 4]])].iter(), &["fe80::1%2".into()]);
+        assert_eq!(both.as_deref(), Some(wanted));
     }
 }
