@@ -1,5 +1,5 @@
-//! The network: addresses by DHCP, name servers also from IPv6 routers. IPv6 addresses come from the kernel, which listens to
-//! routers by itself.
+//! The network: addresses by DHCP, name servers also from IPv6 routers. IPv6 addresses come from the kernel, which
+//! listens to routers by itself.
 
 mod dhcp;
 mod keep;
