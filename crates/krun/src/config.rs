@@ -155,8 +155,8 @@ pub enum Cache {
     /// All there is room for: the host changes nothing while the guest runs.
     Always,
     /// As [`Cache::Always`], and what the guest writes reaches the host when the file is closed or synced, or some
-    /// seconds later. Programs that write in small pieces are much faster; what was not synced is lost when the
-    /// machine is killed, as it would be on a disk.
+    /// seconds later. For programs that write one file in many small pieces; many files or large writes take more
+    /// requests with it, not fewer. What was not synced is lost when the machine is killed, as it would be on a disk.
     WriteBack,
 }
 

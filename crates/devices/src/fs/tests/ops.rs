@@ -18,6 +18,7 @@ fn init_agrees_on_what_is_served() {
     for (bit, on) in [
         (0, true),
         (1, false),
+        (3, false),
         (6, false),
         (10, false),
         (13, true),
@@ -432,4 +433,32 @@ fn a_reply_that_does_not_fit_is_an_error() {
     let mut c = Client::new();
     assert_eq!(c.raw(op::GETATTR, ROOT, &[0; 16], 50), Err(libc::EIO));
     assert_eq!(c.raw(op::STATFS, ROOT, &[], 0), Err(libc::EIO));
+}
+
+#[test]
+fn write_back_is_for_those_who_ask_for_it_and_can_write() {
+    let agreed = |cache, read_only| {
+        let mut c = Client::with(|s| (s.cache, s.read_only) = (cache, read_only));
+        u32_at(&c.init().unwrap(), 12) & 1 << 16 != 0
+    };
+    assert!(agreed(CachePolicy::WRITE_BACK, false));
+    assert!(!agreed(CachePolicy::WRITE_BACK, true));
+    assert!(!agreed(CachePolicy::ALWAYS, false) && !agreed(CachePolicy::AUTO, false));
+
+    let mut c = Client::with(|s| s.cache = CachePolicy::WRITE_BACK);
+    fs::write(c.path("f"), "0123456789").unwrap();
+    let f = c.lookup(ROOT, c"f").unwrap().node;
+    // The guest's kernel reads the rest of a page through it, and places what is appended.
+    let (fh, _) = c.open(f, libc::O_WRONLY | libc::O_APPEND).unwrap();
+    assert_eq!(c.read(fh, 2, 3).unwrap(), b"234");
+    assert_eq!(c.write(fh, 4, b"xy", 0), Ok(2));
+    assert_eq!(fs::read(c.path("f")).unwrap(), b"0123xy6789");
+    let (_, fh) = c.create(ROOT, c"new", libc::O_WRONLY, 0o200).unwrap();
+    assert_eq!((c.write(fh, 0, b"ab", 0), c.read(fh, 0, 9)), (Ok(2), Ok(b"ab".to_vec())));
+    // A guest that cannot write back appends as ever.
+    c.init_without(1 << 16).unwrap();
+    let f = c.lookup(ROOT, c"f").unwrap().node;
+    let (fh, _) = c.open(f, libc::O_WRONLY | libc::O_APPEND).unwrap();
+    assert_eq!((c.read(fh, 0, 1).err(), c.write(fh, 0, b"z", 0)), (Some(libc::EBADF), Ok(1)));
+    assert_eq!(fs::read(c.path("f")).unwrap(), b"0123xy6789z");
 }
