@@ -269,6 +269,7 @@ const ONCE: &[&str] = &[
     "programs_dpkg",
     "disk_fio",
     "disk_power_cut",
+    "share_no_space",
     "suite_pjdfstest",
     "suite_fsx",
     "vhost_user_fs",
