@@ -298,6 +298,14 @@ pub fn run_with_input(config: VmConfig, input: Vec<u8>) -> Result<Output, Failur
     output
 }
 
+/// The file of a program of this host, looked for in `KRUN_TEST_PEERS` first.
+pub fn find(program: &str) -> Result<PathBuf, Failure> {
+    let dirs = |name| std::env::var_os(name).unwrap_or_default();
+    let (own, path) = (dirs("KRUN_TEST_PEERS"), dirs("PATH"));
+    let mut places = std::env::split_paths(&own).chain(std::env::split_paths(&path)).map(|d| d.join(program));
+    places.find(|p| p.is_file()).ok_or_else(|| Failure::Skip(format!("there is no {program} here")))
+}
+
 /// A directory that goes away with the value.
 pub struct TempDir(PathBuf);
 

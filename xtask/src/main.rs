@@ -10,7 +10,6 @@ mod kernel;
 mod packages;
 mod peers;
 mod rootfs;
-mod suites;
 mod test;
 
 use std::path::PathBuf;

@@ -1,4 +1,4 @@
-//! Programs of others that the VM tests talk to, built from the Rust registry once and cached.
+//! Programs of others that the VM tests run or talk to, built from the Rust registry once and cached.
 
 use std::ffi::OsString;
 use std::path::PathBuf;
@@ -10,8 +10,8 @@ use crate::{cache_dir, packages};
 type Peer = (&'static str, &'static str);
 
 const VIRTIOFSD: Peer = ("virtiofsd", "1.14.0");
-/// Two, for each takes minutes to build.
-const PEERS: [Peer; 2] = [("vhost-device-rng", "0.1.0"), VIRTIOFSD];
+/// Few, for each takes minutes to build.
+const PEERS: [Peer; 4] = [("vhost-device-rng", "0.1.0"), VIRTIOFSD, ("pjdfstest", "0.2.2"), ("fsx", "0.3.2")];
 
 /// The directories of the programs, as in `PATH`, those named by `KRUN_TEST_PEERS` first.
 ///
@@ -42,7 +42,7 @@ fn build((name, version): Peer) -> Result<PathBuf, String> {
     if programs.join(name).is_file() {
         return Ok(programs);
     }
-    packages::ensure("building vhost-user back ends", &["libcap-ng-dev", "libseccomp-dev"])?;
+    packages::ensure("building programs for the tests", &["libcap-ng-dev", "libseccomp-dev"])?;
     eprintln!("building {name} {version} from the Rust registry (once, some minutes)");
     let work = home.join(format!("partial.{}", std::process::id()));
     let done = Command::new("cargo")

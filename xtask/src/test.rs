@@ -7,7 +7,7 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use crate::emulated::Lab;
-use crate::{arrows, debian, install, kernel, packages, peers, rootfs, suites};
+use crate::{arrows, debian, install, kernel, packages, peers, rootfs};
 
 /// What a part of the tests came to.
 #[derive(Debug, Default, Clone, PartialEq, Eq)]
@@ -196,10 +196,6 @@ fn vm_tests(names: &[String]) -> Result<Counts, String> {
     let (stock, gvproxy) = (debian::kernel()?, debian::gvproxy()?);
     // The two halves run side by side; the emulated host is single-threaded.
     let lab = Lab::ensure(&built.krun)?;
-    let suites = suites::ensure().unwrap_or_else(|e| {
-        eprintln!("the file-system suites are left out: {e}");
-        PathBuf::new()
-    });
     // After QEMU: installing that removes qemu-utils of another version.
     packages::ensure("the tests of disks", &["qemu-utils", "qemu-system-common"])?;
     let peers = peers::ensure()?;
@@ -227,7 +223,6 @@ fn vm_tests(names: &[String]) -> Result<Counts, String> {
             let env = vec![
                 ("KRUN_TEST_KERNELS".into(), images.clone().into_os_string()),
                 ("KRUN_TEST_BZIMAGE".into(), stock.clone().into_os_string()),
-                ("KRUN_TEST_SUITES".into(), suites.clone().into_os_string()),
                 ("KRUN_TEST_PEERS".into(), peers.clone()),
                 ("KRUN_TEST_GVPROXY".into(), gvproxy.clone().into_os_string()),
                 // Its own and empty, so that what a test leaves behind can be seen.

@@ -8,7 +8,7 @@ use krun::{Share, VmConfig};
 
 use super::disk::{MIB, image, tool};
 use super::programs::Copy;
-use crate::harness::{Case, Env, Failure, Mounted, TempDir, no_guest, run, same};
+use crate::harness::{Case, Env, Failure, Mounted, TempDir, find, no_guest, run, same};
 
 pub const PJDFSTEST: Case = Case { name: "suite_pjdfstest", host: pjdfstest, guest: no_guest };
 pub const FSX: Case = Case { name: "suite_fsx", host: fsx, guest: no_guest };
@@ -16,11 +16,11 @@ pub const FSX: Case = Case { name: "suite_fsx", host: fsx, guest: no_guest };
 /// Where the guest finds the programs.
 const PROGRAMS: &str = "/opt";
 
-/// The directory with the suites' programs.
-fn programs() -> Result<PathBuf, Failure> {
-    let dir = std::env::var_os("KRUN_TEST_SUITES").filter(|dir| !dir.is_empty());
-    dir.map(PathBuf::from)
-        .ok_or_else(|| Failure::Skip("KRUN_TEST_SUITES names no directory with pjdfstest and fsx".into()))
+/// The directory of a suite's program.
+fn home(program: &str) -> Result<PathBuf, Failure> {
+    let mut path = find(program)?;
+    path.pop();
+    Ok(path)
 }
 
 /// Whether all there is runs, which takes many minutes and a longer `KRUN_TEST_CASE_SECONDS`.
@@ -160,7 +160,7 @@ fn here(script: &str) -> Result<String, Failure> {
 
 /// pjdfstest on a share and on the root; in part, unless the whole is asked for.
 fn pjdfstest(env: &Env) -> Result<(), Failure> {
-    let programs = programs()?;
+    let programs = home("pjdfstest")?;
     let (dir, settings) = (TempDir::new("pjdfstest")?, TempDir::new("settings")?);
     let own = settings.path().join("pjdfstest");
     std::fs::write(&own, SETTINGS)?;
@@ -210,7 +210,7 @@ copy_file_range = 3
 
 /// fsx with several seeds on a share and on the root, which the host's file system passes as well.
 fn fsx(env: &Env) -> Result<(), Failure> {
-    let programs = programs()?;
+    let programs = home("fsx")?;
     let (dir, settings) = (TempDir::new("fsx")?, TempDir::new("settings")?);
     std::fs::write(settings.path().join("fsx"), OPERATIONS)?;
     let (seeds, steps) = if whole() { (5, 5_000) } else { (2, 1_000) };

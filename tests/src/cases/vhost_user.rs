@@ -4,7 +4,7 @@
 use std::io::{BufRead, BufReader, Read, Write};
 use std::net::{TcpListener, TcpStream};
 use std::os::unix::net::{UnixListener, UnixStream};
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::process::{Child, Command, Stdio};
 use std::thread;
 use std::time::{Duration, Instant};
@@ -12,7 +12,7 @@ use std::time::{Duration, Instant};
 use krun::{DeviceKind, VhostUser, VmConfig};
 
 use super::disk::{MIB, image};
-use crate::harness::{Captured, Case, Env, Failure, TempDir, contains, no_guest, noise, run, same, start};
+use crate::harness::{Captured, Case, Env, Failure, TempDir, contains, find, no_guest, noise, run, same, start};
 
 pub const BLOCK: Case = Case { name: "vhost_user_block", host: block, guest: no_guest };
 pub const RNG: Case = Case { name: "vhost_user_rng", host: rng, guest: no_guest };
@@ -52,14 +52,6 @@ impl Drop for Peer {
         let _ = self.0.kill();
         let _ = self.0.wait();
     }
-}
-
-/// The file of a program.
-fn find(program: &str) -> Result<PathBuf, Failure> {
-    let dirs = |name| std::env::var_os(name).unwrap_or_default();
-    let (own, path) = (dirs("KRUN_TEST_PEERS"), dirs("PATH"));
-    let mut places = std::env::split_paths(&own).chain(std::env::split_paths(&path)).map(|d| d.join(program));
-    places.find(|p| p.is_file()).ok_or_else(|| Failure::Skip(format!("there is no {program} here")))
 }
 
 fn words<const N: usize>(words: [&str; N]) -> Vec<String> {
