@@ -33,7 +33,7 @@ pub fn write<'a>(
     result.map(|()| Some(file))
 }
 
-/// Makes the file that [`write`] made say something else.
+/// Makes the file that [`write()`] made say something else.
 pub fn update<'a>(
     file: &OwnedFd,
     leases: impl Iterator<Item = &'a Lease> + Clone,
