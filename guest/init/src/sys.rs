@@ -91,6 +91,14 @@ pub fn packet_socket(index: u32) -> io::Result<OwnedFd> {
     Ok(socket)
 }
 
+/// Lets a socket send and receive on one interface only.
+pub fn bind_to_device(socket: BorrowedFd<'_>, name: &[u8]) -> io::Result<()> {
+    let len = libc::socklen_t::try_from(name.len()).map_err(|_| io::ErrorKind::InvalidInput)?;
+    let (fd, name) = (socket.as_raw_fd(), name.as_ptr().cast());
+    // SAFETY: the name lives across the call, and its length is right.
+    check(unsafe { libc::setsockopt(fd, libc::SOL_SOCKET, libc::SO_BINDTODEVICE, name, len) }).map(drop)
+}
+
 /// Sends an IPv4 packet to everybody on an interface's link.
 pub fn broadcast(socket: BorrowedFd<'_>, index: u32, packet: &[u8]) -> io::Result<()> {
     let address = packet_address(index);

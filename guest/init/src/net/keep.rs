@@ -7,15 +7,17 @@ use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::time::Duration;
 
 use rustix::net::{
-    AddressFamily, RecvFlags, SendFlags, SocketFlags, SocketType, bind, recv, sendto, socket_with, sockopt,
+    AddressFamily, RecvFlags, SendFlags, SocketFlags, SocketType, bind, recvfrom, sendto, socket_with,
+    sockopt,
 };
 
-use super::dhcp::{self, Answer, Ask, Lease};
+use super::dhcp::{self, Address, Answer, Ask, Lease};
 use super::netlink::Netlink;
 use super::rdnss::Routers;
-use super::{Client, PACKET, resolver};
+use super::{Client, MOST_AT_ONCE, PACKET, random_id, resolver};
 use crate::failure::show;
 use crate::log::{Log, uptime};
+use crate::sys;
 
 /// A question is not asked again before this, unless the lease comes to another stage.
 const LEAST_PAUSE: Duration = Duration::from_secs(60);
@@ -157,11 +159,20 @@ impl Holder {
             Stage::Bound(_) => {}
             Stage::Asking { socket, id, asked, again } => {
                 let mut bytes = [0u8; PACKET];
-                while let Ok((len, _)) = recv(&*socket, &mut bytes[..], RecvFlags::DONTWAIT) {
+                // Before it rebinds, only the lease's server was asked.
+                let alone = self.times.is_some_and(|t| *asked < t.rebind);
+                let server = alone.then_some(self.lease.server);
+                for _ in 0..MOST_AT_ONCE {
+                    let Ok((len, _, sender)) = recvfrom(&*socket, &mut bytes[..], RecvFlags::DONTWAIT) else {
+                        break;
+                    };
+                    if !sender.and_then(|s| s.try_into().ok()).is_some_and(|s| may_answer(s, server)) {
+                        continue;
+                    }
                     match dhcp::read(&bytes[..len], self.mac, *id) {
                         Some((Answer::Ack, lease)) if lease.address == self.lease.address => {
                             let asked = *asked;
-                            return self.renewed(lease, asked);
+                            return Ok(self.renewed(lease, asked, log));
                         }
                         Some((Answer::Nak, _)) => return self.lost(log).map(|()| true),
                         _ => {}
@@ -180,7 +191,7 @@ impl Holder {
                 }
                 let (lease, asked) = (client.lease.take().unwrap_or_default(), client.asked);
                 log.say(&format!("{} has a lease again.", show(&self.name)));
-                return self.renewed(lease, asked);
+                return Ok(self.renewed(lease, asked, log));
             }
         }
         match self.times {
@@ -198,9 +209,10 @@ impl Holder {
         // A client of the workload's own may have the port.
         sockopt::set_socket_reuseaddr(&socket, true)?;
         sockopt::set_socket_broadcast(&socket, true)?;
-        // With the interface's own address; it decides on the interface of a broadcast, too.
+        // The address can be reached through other interfaces, too; and broadcasts are to leave by this one.
+        sys::bind_to_device(socket.as_fd(), &self.name)?;
         bind(&socket, &SocketAddrV4::new(own, dhcp::CLIENT_PORT))?;
-        let id = now.subsec_nanos() ^ u32::from_be_bytes(self.lease.address);
+        let id = random_id();
         let message = dhcp::request(Ask::Renew { address: self.lease.address }, self.mac, id, 0);
         // What is not sent now is asked again like what is lost on the way.
         let _ = sendto(&socket, &message, SendFlags::empty(), &SocketAddrV4::new(server, dhcp::SERVER_PORT));
@@ -208,13 +220,28 @@ impl Holder {
         Ok(())
     }
 
-    fn renewed(&mut self, lease: Lease, asked: Duration) -> io::Result<bool> {
-        Netlink::open()?.configure(self.index, &lease, self.metric)?;
-        let changed = self.lease != lease;
+    /// True when it is another lease than before. It is kept whatever the kernel takes of it, like the first one.
+    fn renewed(&mut self, lease: Lease, asked: Duration, log: &mut Log) -> bool {
         self.times = Times::new(asked, &lease);
         self.stage = Stage::Bound(self.times.map(|t| t.renew));
-        self.lease = lease;
-        Ok(changed)
+        let old = std::mem::replace(&mut self.lease, lease);
+        if let Err(e) = self.configure(&old) {
+            log.say(&format!("The interface {} cannot be configured: {e}.", show(&self.name)));
+        }
+        old != self.lease
+    }
+
+    /// Gives the interface what the lease has, in place of the old one.
+    fn configure(&self, old: &Lease) -> io::Result<()> {
+        let mut netlink = Netlink::open()?;
+        let mut removed = Ok(());
+        if other_prefix(old, &self.lease) {
+            // In this order connections and routes stay.
+            netlink.add(self.index, &self.lease)?;
+            removed = netlink.remove(self.index, old);
+        }
+        netlink.configure(self.index, &self.lease, self.metric)?;
+        removed
     }
 
     /// The address must not be used any more.
@@ -231,6 +258,16 @@ impl Holder {
         self.stage = Stage::Lost(Client::start(&self.name, &mut netlink)?);
         Ok(())
     }
+}
+
+/// Whether to believe a message; `server` is the only one that was asked, if there is one.
+fn may_answer(sender: SocketAddrV4, server: Option<Address>) -> bool {
+    sender.port() == dhcp::SERVER_PORT && server.is_none_or(|s| sender.ip().octets() == s)
+}
+
+/// The kernel has one address twice if it comes with two prefixes.
+fn other_prefix(old: &Lease, new: &Lease) -> bool {
+    old.address == new.address && old.prefix != new.prefix
 }
 
 #[cfg(test)]
@@ -253,6 +290,53 @@ mod tests {
         assert_eq!(times.again(second(1700)), second(1760));
         assert_eq!(times.again(second(1790)), second(1800));
         assert_eq!(times.again(second(9999)), second(1800));
+    }
+
+    #[test]
+    fn only_servers_answer_and_only_the_own_one_before_rebinding() {
+        let own = Some([10, 0, 0, 1]);
+        let from = |last, port| SocketAddrV4::new(Ipv4Addr::new(10, 0, 0, last), port);
+        assert!(may_answer(from(1, 67), own));
+        assert!(!may_answer(from(2, 67), own));
+        assert!(!may_answer(from(1, 1067), own));
+        assert!(may_answer(from(2, 67), None));
+        assert!(!may_answer(from(2, 68), None));
+    }
+
+    #[test]
+    fn a_question_is_asked_on_the_own_interface_only() {
+        let socket = std::net::UdpSocket::bind("127.0.0.1:0").unwrap();
+        sys::bind_to_device(socket.as_fd(), b"lo").unwrap();
+        assert!(sys::bind_to_device(socket.as_fd(), b"no-such-device").is_err());
+    }
+
+    #[test]
+    fn a_lease_is_kept_when_the_kernel_refuses_it() {
+        let mut holder = Holder {
+            name: b"none".to_vec(),
+            // There is no such interface.
+            index: i32::MAX.cast_unsigned(),
+            mac: [2; 6],
+            metric: 100,
+            lease: Lease { address: [10, 0, 0, 2], prefix: 16, ..lease(Some(800)) },
+            times: None,
+            stage: Stage::Bound(None),
+        };
+        let new = Lease { prefix: 24, ..holder.lease.clone() };
+        assert!(holder.configure(&new).is_err());
+        assert!(holder.renewed(new.clone(), Duration::from_secs(1000), &mut Log::default()));
+        assert_eq!((&holder.lease, holder.due()), (&new, Some(Duration::from_secs(1400))));
+        assert!(!holder.renewed(new, Duration::from_secs(2000), &mut Log::default()));
+        assert_eq!(holder.due(), Some(Duration::from_secs(2400)));
+    }
+
+    #[test]
+    fn an_address_with_another_prefix_is_another_one() {
+        let new = |address, prefix| Lease { address, prefix, ..Lease::default() };
+        assert!(other_prefix(&new([10, 0, 0, 2], 16), &new([10, 0, 0, 2], 24)));
+        assert!(!other_prefix(&new([10, 0, 0, 2], 24), &new([10, 0, 0, 2], 24)));
+        // Nothing was there before.
+        assert!(!other_prefix(&Lease::default(), &new([10, 0, 0, 2], 24)));
     }
 
     #[test]

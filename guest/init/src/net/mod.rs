@@ -13,6 +13,7 @@ use std::time::Duration;
 
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::net::{RecvFlags, recv};
+use rustix::rand::{GetRandomFlags, getrandom};
 
 use dhcp::{Answer, Ask, Lease};
 use keep::Holder;
@@ -36,6 +37,8 @@ const MOST_PAUSE: Duration = Duration::from_secs(64);
 const METRIC: u32 = 100;
 /// Bytes of a packet; a longer one is no answer.
 const PACKET: usize = 2048;
+/// Messages that are taken from a socket before others have their turn: who sends without end must not keep init.
+const MOST_AT_ONCE: usize = 64;
 
 /// An interface that waits for an answer, or has it.
 struct Client {
@@ -58,8 +61,11 @@ struct Client {
 pub fn configure(names: &[Vec<u8>], log: &mut Log) -> Network {
     let mut problems = Vec::new();
     // Before any interface is up, so that no router is missed.
-    let routers =
-        Routers::open().map_err(|e| problems.push(format!("IPv6 routers are not heard: {e}."))).ok();
+    // One without an index cannot be used, which is told below.
+    let interfaces = names.iter().filter_map(|name| index(name).ok()).collect();
+    let routers = Routers::open(interfaces)
+        .map_err(|e| problems.push(format!("IPv6 routers are not heard: {e}.")))
+        .ok();
     let mut network = Network::new(routers);
     match run(names, &mut problems) {
         Ok(clients) => {
@@ -141,26 +147,17 @@ fn wait(
 impl Client {
     /// Brings the interface up.
     fn start(name: &[u8], netlink: &mut Netlink) -> io::Result<Self> {
-        let file = |what: &str| {
-            let path = [b"/sys/class/net/", name, what.as_bytes()].concat();
-            let text = read_file(&path, 1 << 16)?;
-            Ok::<_, io::Error>(String::from_utf8_lossy(&text).trim().to_owned())
-        };
-        let invalid = || io::Error::from(io::ErrorKind::InvalidData);
-        let index = file("/ifindex")?.parse().map_err(|_| invalid())?;
-        let mac = parse_mac(&file("/address")?).ok_or_else(invalid)?;
+        let index = index(name)?;
+        let mac = parse_mac(&file(name, "/address")?).ok_or(io::ErrorKind::InvalidData)?;
         netlink.up(index)?;
         let socket = sys::packet_socket(index)?;
         let start = uptime();
-        let [.., a, b, c, d] = mac;
-        // Another one at each start, which is all that it takes.
-        let id = u32::from_be_bytes([a, b, c, d]) ^ start.subsec_nanos().rotate_left(8);
         Ok(Self {
             name: name.to_vec(),
             index,
             mac,
             socket,
-            id,
+            id: random_id(),
             ask: Ask::Discover,
             start,
             again: start,
@@ -187,7 +184,10 @@ impl Client {
     /// Takes the answers that came; true when the interface has a lease since.
     fn listen(&mut self, now: Duration) -> bool {
         let mut packet = [0u8; PACKET];
-        while self.lease.is_none() {
+        if self.lease.is_some() {
+            return false;
+        }
+        for _ in 0..MOST_AT_ONCE {
             let Ok((len, _)) = recv(&self.socket, &mut packet[..], RecvFlags::DONTWAIT) else { return false };
             let Some((answer, lease)) = dhcp::answer(&packet[..len], self.mac, self.id) else { continue };
             match (answer, self.ask) {
@@ -207,6 +207,28 @@ impl Client {
     }
 }
 
+/// What the kernel says of an interface.
+fn file(name: &[u8], what: &str) -> io::Result<String> {
+    let path = [b"/sys/class/net/", name, what.as_bytes()].concat();
+    let text = read_file(&path, 1 << 16)?;
+    Ok(String::from_utf8_lossy(&text).trim().to_owned())
+}
+
+fn index(name: &[u8]) -> io::Result<u32> {
+    file(name, "/ifindex")?.parse().map_err(|_| io::ErrorKind::InvalidData.into())
+}
+
+/// Of a question, so that who does not see it cannot answer.
+fn random_id() -> u32 {
+    let mut id = [0; 4];
+    // The start of the guest does not wait for the kernel's generator to be ready.
+    match getrandom(&mut id, GetRandomFlags::INSECURE) {
+        Ok(4) => u32::from_ne_bytes(id),
+        // Kernels before 5.6.
+        _ => uptime().subsec_nanos().rotate_left(8),
+    }
+}
+
 /// `52:54:00:12:34:56`
 fn parse_mac(text: &str) -> Option<[u8; 6]> {
     let mut mac = [0; 6];
@@ -220,6 +242,37 @@ fn parse_mac(text: &str) -> Option<[u8; 6]> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn ids_of_questions_differ() {
+        assert_ne!([random_id(), random_id()], [random_id(), random_id()]);
+    }
+
+    #[test]
+    fn a_look_at_a_socket_has_an_end() {
+        let socket = std::net::UdpSocket::bind("127.0.0.1:0").unwrap();
+        let other = std::net::UdpSocket::bind("127.0.0.1:0").unwrap();
+        for n in 0..=MOST_AT_ONCE {
+            other.send_to(&[n as u8], socket.local_addr().unwrap()).unwrap();
+        }
+        let mut client = Client {
+            name: b"eth0".to_vec(),
+            index: 1,
+            mac: [2; 6],
+            socket: socket.into(),
+            id: 1,
+            ask: Ask::Discover,
+            start: Duration::ZERO,
+            again: Duration::ZERO,
+            pause: AGAIN,
+            asked: Duration::ZERO,
+            lease: None,
+        };
+        assert!(!client.listen(Duration::ZERO));
+        let mut next = [0];
+        recv(&client.socket, &mut next[..], RecvFlags::DONTWAIT).unwrap();
+        assert_eq!(usize::from(next[0]), MOST_AT_ONCE);
+    }
 
     #[test]
     fn hardware_addresses() {

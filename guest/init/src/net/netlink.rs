@@ -71,13 +71,18 @@ impl Netlink {
         if let Some(mtu) = lease.mtu {
             self.mtu(index, mtu)?;
         }
+        self.add(index, lease)?;
+        lease.routes.iter().try_for_each(|route| self.route(index, route, lease, metric))
+    }
+
+    /// Gives an interface the address of a lease, if it does not have it.
+    pub fn add(&mut self, index: u32, lease: &Lease) -> io::Result<()> {
         let mut body = address(index, lease);
         if lease.prefix < 31 {
             let host = u32::MAX.checked_shr(lease.prefix.into()).unwrap_or(0);
             attribute(&mut body, 4, &(u32::from_be_bytes(lease.address) | host).to_be_bytes());
         }
-        self.request(NEW_ADDRESS, CREATE, &body)?;
-        lease.routes.iter().try_for_each(|route| self.route(index, route, lease, metric))
+        self.request(NEW_ADDRESS, CREATE, &body)
     }
 
     /// Takes the address of a lease away, and the routes with it.

@@ -9,6 +9,8 @@ use std::time::Duration;
 use rustix::net::netlink::SocketAddrNetlink;
 use rustix::net::{AddressFamily, RecvFlags, SocketFlags, SocketType, bind, recv, socket_with};
 
+use super::MOST_AT_ONCE;
+
 /// Kind of the message.
 const NEW_OPTION: u16 = 68;
 /// Group of listeners, the first bit being 1's.
@@ -34,15 +36,18 @@ pub struct Server {
 /// Listens to the kernel.
 pub struct Routers {
     socket: OwnedFd,
+    /// Routers on others are not heard: those interfaces are not for init to configure.
+    interfaces: Vec<u32>,
     servers: Vec<Server>,
 }
 
 impl Routers {
-    pub fn open() -> io::Result<Self> {
+    /// For routers on those interfaces.
+    pub fn open(interfaces: Vec<u32>) -> io::Result<Self> {
         let flags = SocketFlags::CLOEXEC | SocketFlags::NONBLOCK;
         let socket = socket_with(AddressFamily::NETLINK, SocketType::RAW, flags, None)?;
         bind(&socket, &SocketAddrNetlink::new(0, GROUP))?;
-        Ok(Self { socket, servers: Vec::new() })
+        Ok(Self { socket, interfaces, servers: Vec::new() })
     }
 
     pub fn socket(&self) -> BorrowedFd<'_> {
@@ -58,8 +63,9 @@ impl Routers {
     pub fn turn(&mut self, now: Duration) -> bool {
         let before = self.names();
         let mut bytes = [0u8; 4096];
-        while let Ok((len, _)) = recv(&self.socket, &mut bytes[..], RecvFlags::DONTWAIT) {
-            take(&mut self.servers, &bytes[..len], now);
+        for _ in 0..MOST_AT_ONCE {
+            let Ok((len, _)) = recv(&self.socket, &mut bytes[..], RecvFlags::DONTWAIT) else { break };
+            take(&mut self.servers, &self.interfaces, &bytes[..len], now);
         }
         self.servers.retain(|s| s.until.is_none_or(|until| now < until));
         self.names() != before
@@ -81,12 +87,12 @@ impl Server {
 }
 
 /// Takes in messages of the kernel.
-fn take(servers: &mut Vec<Server>, mut messages: &[u8], now: Duration) {
+fn take(servers: &mut Vec<Server>, interfaces: &[u32], mut messages: &[u8], now: Duration) {
     while let Some((kind, body, rest)) = message(messages) {
         messages = rest;
         if kind == NEW_OPTION {
             // What is damaged says nothing.
-            let _ = options(servers, body, now);
+            let _ = options(servers, interfaces, body, now);
         }
     }
 }
@@ -100,9 +106,12 @@ fn message(bytes: &[u8]) -> Option<(u16, &[u8], &[u8])> {
 }
 
 /// Reads the options of a message: family, padding, length of options, interface, and fields that do not matter here.
-fn options(servers: &mut Vec<Server>, body: &[u8], now: Duration) -> Option<()> {
+fn options(servers: &mut Vec<Server>, interfaces: &[u32], body: &[u8], now: Duration) -> Option<()> {
     let len = u16::from_ne_bytes(*body.get(2..)?.first_chunk()?);
     let interface = u32::from_ne_bytes(*body.get(4..)?.first_chunk()?);
+    if !interfaces.contains(&interface) {
+        return None;
+    }
     let mut rest = body.get(FIXED..)?;
     rest = rest.get(..usize::from(len))?;
     // Kind, length in 8 bytes, two bytes for later, lifetime in seconds, addresses.
@@ -168,26 +177,39 @@ mod tests {
     fn servers_come_and_go() {
         let (mut servers, now) = (Vec::new(), Duration::from_secs(100));
         let names = |servers: &[Server]| servers.iter().map(Server::name).collect::<Vec<_>>();
-        take(&mut servers, &kernel_says(&servers_option(10, &["2001:db8::1", "fe80::1", "ff02::1"])), now);
+        take(
+            &mut servers,
+            &[2],
+            &kernel_says(&servers_option(10, &["2001:db8::1", "fe80::1", "ff02::1"])),
+            now,
+        );
         assert_eq!(names(&servers), ["2001:db8::1", "fe80::1%2"]);
         assert_eq!(servers[0].until, Some(Duration::from_secs(110)));
         let two = [
             kernel_says(&servers_option(u32::MAX, &["2001:db8::1"])),
             kernel_says(&servers_option(0, &["fe80::1"])),
         ];
-        take(&mut servers, &two.concat(), now);
+        take(&mut servers, &[2], &two.concat(), now);
         assert_eq!((names(&servers), servers[0].until), (vec!["2001:db8::1".to_owned()], None));
         for n in 0..20 {
-            take(&mut servers, &kernel_says(&servers_option(9, &[&format!("2001:db8::1:{n:x}")])), now);
+            take(&mut servers, &[2], &kernel_says(&servers_option(9, &[&format!("2001:db8::1:{n:x}")])), now);
         }
         assert_eq!(servers.len(), MOST);
+    }
+
+    #[test]
+    fn routers_on_other_interfaces_are_not_heard() {
+        let mut servers = Vec::new();
+        let message = kernel_says(&servers_option(10, &["2001:db8::1"]));
+        take(&mut servers, &[1, 3], &message, Duration::ZERO);
+        assert_eq!(servers, []);
     }
 
     #[test]
     fn damaged_options_say_nothing() {
         for option in [vec![SERVERS, 0, 0, 0, 0, 0, 0, 9], vec![SERVERS, 9, 0, 0], vec![SERVERS]] {
             let mut servers = Vec::new();
-            take(&mut servers, &kernel_says(&option), Duration::ZERO);
+            take(&mut servers, &[2], &kernel_says(&option), Duration::ZERO);
             assert_eq!(servers, []);
         }
     }
@@ -196,8 +218,8 @@ mod tests {
         #[test]
         fn no_bytes_panic(bytes: Vec<u8>, option: Vec<u8>) {
             let mut servers = Vec::new();
-            take(&mut servers, &bytes, Duration::ZERO);
-            take(&mut servers, &kernel_says(&option), Duration::ZERO);
+            take(&mut servers, &[2], &bytes, Duration::ZERO);
+            take(&mut servers, &[2], &kernel_says(&option), Duration::ZERO);
         }
     }
 }
