@@ -112,6 +112,8 @@ impl Server {
         source: &mut impl Source<'m>,
         mut sink: impl Sink<'m>,
     ) -> std::result::Result<u32, DeviceError> {
+        // First, for a request without a reply would leave it as the last one set it, and be served again.
+        self.waits = false;
         let mut head = [0; InHeader::SIZE];
         if !source.fill(&mut head) {
             return Err(DeviceError::Driver("a file-system request is shorter than its head".into()));
@@ -129,7 +131,6 @@ impl Server {
                 head.opcode
             )));
         }
-        self.waits = false;
         let result = match head.opcode {
             op::READ => self.read(&head, source, &mut sink),
             _ => self.buffered(&head, source, sink.remaining()),

@@ -2,12 +2,14 @@
 
 use std::fs;
 use std::sync::Arc;
+use std::time::Duration;
 
 use krun_virtio::VirtioDevice;
 use krun_virtio::mock::{Harness, Used};
+use rustix::fs::{FlockOperation, flock};
 
 use super::client::{longs, u32_at, u64_at, words};
-use crate::fs::abi::op;
+use crate::fs::abi::{LK_FLOCK, op};
 use crate::fs::{ExitCode, Fs, FsSpec};
 
 const HIPRIO: usize = 0;
@@ -107,6 +109,51 @@ fn forgets_come_on_their_own_queue() {
     assert_eq!(attr(&mut h), 0);
     let done = h.request(HIPRIO, &[&head(op::FORGET, node, 8), &longs(&[1])], &[]).unwrap();
     assert_eq!(done.written, 0);
+    assert_eq!(attr(&mut h), -libc::ESTALE);
+}
+
+#[test]
+fn a_forget_is_done_once_while_a_lock_is_waited_for() {
+    let dir = tempfile::tempdir().unwrap();
+    let spec = FsSpec {
+        tag: "share".into(),
+        source: Some(dir.path().to_owned()),
+        share_locks: true,
+        ..FsSpec::default()
+    };
+    let mut h = Harness::new(Fs::new(spec).unwrap());
+    init(&mut h);
+    let lookup = |h: &mut Harness, name: &str| {
+        fs::write(dir.path().join(name), "").unwrap();
+        u64_at(&send(h, op::LOOKUP, 1, format!("{name}\0").as_bytes(), &[128]).data, 16)
+    };
+    let (locked, other) = (lookup(&mut h, "locked"), lookup(&mut h, "other"));
+    assert_eq!(lookup(&mut h, "other"), other);
+    let host = fs::File::open(dir.path().join("locked")).unwrap();
+    flock(&host, FlockOperation::NonBlockingLockExclusive).unwrap();
+    let open = send(&mut h, op::OPEN, locked, &words(&[libc::O_RDWR as u32, 0]), &[16]);
+    let lock =
+        [longs(&[u64_at(&open.data, 16), 1, 0, 0]), words(&[libc::F_WRLCK as u32, 0, LK_FLOCK, 0])].concat();
+    let waits = h.add(REQUESTS, &[&head(op::SETLKW, locked, lock.len()), &lock], &[16]);
+    h.kick(REQUESTS).unwrap();
+    assert!(h.collect(REQUESTS).is_none());
+    let forget = |h: &mut Harness| {
+        let done = h.request(HIPRIO, &[&head(op::FORGET, other, 8), &longs(&[1])], &[]).unwrap();
+        assert_eq!((done.written, h.held(HIPRIO)), (0, 0));
+    };
+    let attr = |h: &mut Harness| u32_at(&send(h, op::GETATTR, other, &[0; 16], &[104]).data, 4) as i32;
+    forget(&mut h);
+    // The lock is tried again a few times, and nothing else is.
+    for _ in 0..3 {
+        assert_eq!(h.poll(Duration::from_secs(10)).unwrap(), 1);
+    }
+    assert_eq!((attr(&mut h), h.held(REQUESTS)), (0, 1));
+    drop(host);
+    h.poll(Duration::from_secs(10)).unwrap();
+    let got = h.collect(REQUESTS).unwrap();
+    assert_eq!((got.head, u32_at(&got.data, 4)), (waits, 0));
+    assert_eq!(attr(&mut h), 0);
+    forget(&mut h);
     assert_eq!(attr(&mut h), -libc::ESTALE);
 }
 
