@@ -35,9 +35,7 @@ impl Share {
     /// # Errors
     /// The host's reason; what came before it in the order mode, owner, size, times is done.
     pub fn setattr(&mut self, node: u64, set: &SetAttr) -> Result<(Attr, Duration)> {
-        let path = self.fd(node)?;
-        let key = self.inodes.host(node)?.id.key;
-        self.may_change(&key, &path)?;
+        let path = self.fd_to_change(node)?;
         let open = set.fh.and_then(|fh| self.handles.host(fh).ok().flatten());
         let name = FdName::new(&path);
         let v = set.valid;

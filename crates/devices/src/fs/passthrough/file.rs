@@ -97,7 +97,7 @@ impl Share {
         who: Who,
     ) -> Result<(Entry, u64, u32)> {
         self.not_overlaid(parent, name, Errno::EXIST)?;
-        let dir = self.fd(parent)?;
+        let dir = self.fd_to_change(parent)?;
         self.expect_room()?;
         let open = self.flags_on_host(flags)?;
         let mode = Mode::from_raw_mode(mode & 0o7777);
@@ -152,7 +152,7 @@ impl Share {
     /// # Errors
     /// The host's reason, EOPNOTSUPP for one.
     pub fn tmpfile(&mut self, parent: u64, flags: u32, mode: u32, who: Who) -> Result<(Entry, u64, u32)> {
-        let dir = self.fd(parent)?;
+        let dir = self.fd_to_change(parent)?;
         self.expect_room()?;
         let exclusive = OFlags::from_bits_retain(flags) & OFlags::EXCL;
         let open =

@@ -40,7 +40,7 @@ impl Share {
     /// The host's reason.
     pub fn make(&mut self, parent: u64, name: &CStr, new: New<'_>, who: Who) -> Result<Entry> {
         self.not_overlaid(parent, name, Errno::EXIST)?;
-        let dir = self.fd(parent)?;
+        let dir = self.fd_to_change(parent)?;
         {
             let _worn = self.caller()?.wear(who.uid, who.gid);
             match new {
@@ -68,7 +68,7 @@ impl Share {
     /// The host's reason.
     pub fn link(&mut self, old: u64, parent: u64, name: &CStr) -> Result<Entry> {
         self.not_overlaid(parent, name, Errno::EXIST)?;
-        let (from, dir) = (self.fd(old)?, self.fd(parent)?);
+        let (from, dir) = (self.fd(old)?, self.fd_to_change(parent)?);
         let number = FdName::new(&from);
         rustix::fs::linkat(&self.fds, number.as_c_str(), &dir, name, AtFlags::SYMLINK_FOLLOW)?;
         let st = self.stat_at(&dir, name)?;
@@ -81,7 +81,7 @@ impl Share {
     /// The host's reason; EROFS for overlays.
     pub fn remove(&mut self, parent: u64, name: &CStr, dir: bool) -> Result<()> {
         self.not_overlaid(parent, name, Errno::ROFS)?;
-        let fd = self.fd(parent)?;
+        let fd = self.fd_to_change(parent)?;
         let held = self.known(&fd, name);
         rustix::fs::unlinkat(&fd, name, if dir { AtFlags::REMOVEDIR } else { AtFlags::empty() })?;
         if let Some((node, fd)) = held {
@@ -115,7 +115,7 @@ impl Share {
         }
         self.not_overlaid(from.0, from.1, Errno::ROFS)?;
         self.not_overlaid(to.0, to.1, Errno::ROFS)?;
-        let (old, new) = (self.fd(from.0)?, self.fd(to.0)?);
+        let (old, new) = (self.fd_to_change(from.0)?, self.fd_to_change(to.0)?);
         let stays = RenameFlags::NOREPLACE | RenameFlags::EXCHANGE;
         let replaced = if flags.intersects(stays) { None } else { self.known(&new, to.1) };
         {

@@ -3,9 +3,11 @@
 //!
 //! Processes are reached through procfs, this one among them: its memory is a file. Reading some others
 //! waits for an event, for ever perhaps. So these can be looked at and listed, and files not opened; the
-//! links among them are never followed here anyway. From the milder kind files can be read.
+//! links among them are never followed here anyway. From the milder kind files can be read. Names are commands
+//! as well (a directory made is a control group, for one), so none is made, moved or removed there.
 
 use std::os::fd::OwnedFd;
+use std::sync::Arc;
 
 use rustix::fs::OFlags;
 use rustix::io::Errno;
@@ -32,11 +34,13 @@ fn rule(magic: u32) -> Rule {
     match magic {
         // proc, debugfs, tracefs, xenfs.
         0x9fa0 | 0x6462_6720 | 0x7472_6163 | 0xabba_1974 => Rule::Nothing,
+        // rpc_pipefs, dlmfs, functionfs: who opens a file is a daemon, a lock's holder or a USB device to the kernel.
+        0x6759_6969 | 0x76a9_f425 | 0x0a64_7361 => Rule::Nothing,
         // sysfs, cgroup, cgroup2, resctrl, configfs, securityfs, SELinux, Smack.
         0x6265_6572 | 0x0027_e0eb | 0x6367_7270 | 0x0765_5821 => Rule::Read,
         0x6265_6570 | 0x7363_6673 | 0xf97c_ff8c | 0x4341_5d53 => Rule::Read,
-        // binfmt_misc, bpf, efivarfs, pstore, fusectl.
-        0x4249_4e4d | 0xcafe_4a11 | 0xde5e_81e4 | 0x6165_676c | 0x6573_5543 => Rule::Read,
+        // binfmt_misc, bpf, efivarfs, pstore, fusectl, nfsd.
+        0x4249_4e4d | 0xcafe_4a11 | 0xde5e_81e4 | 0x6165_676c | 0x6573_5543 | 0x6e66_7364 => Rule::Read,
         _ => Rule::All,
     }
 }
@@ -56,12 +60,14 @@ impl Share {
         }
     }
 
-    /// Whether attributes of the file `fd`, which is inode `key`, may be changed.
+    /// A descriptor of `node`, whose attributes, or names in it, are to be changed.
     ///
     /// # Errors
-    /// EACCES.
-    pub(super) fn may_change(&mut self, key: &Key, fd: &OwnedFd) -> Result<()> {
-        if self.rule_of(key, fd)? == Rule::All { Ok(()) } else { Err(Errno::ACCESS) }
+    /// EACCES: they must not be; or as [`Share::fd`].
+    pub(super) fn fd_to_change(&mut self, node: u64) -> Result<Arc<OwnedFd>> {
+        let fd = self.fd(node)?;
+        let key = self.inodes.host(node)?.id.key;
+        if self.rule_of(&key, &fd)? == Rule::All { Ok(fd) } else { Err(Errno::ACCESS) }
     }
 
     fn rule_of(&mut self, key: &Key, fd: &OwnedFd) -> Result<Rule> {
@@ -79,5 +85,25 @@ impl Share {
             self.plain.insert(key.mnt);
         }
         Ok(rule)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn kinds_that_no_test_can_mount_have_their_rule() {
+        for (magic, want) in [
+            // rpc_pipefs, dlmfs, functionfs, nfsd; tmpfs, ext4.
+            (0x6759_6969, Rule::Nothing),
+            (0x76a9_f425, Rule::Nothing),
+            (0x0a64_7361, Rule::Nothing),
+            (0x6e66_7364, Rule::Read),
+            (0x0102_1994, Rule::All),
+            (0xef53, Rule::All),
+        ] {
+            assert_eq!(rule(magic), want, "{magic:#x}");
+        }
     }
 }

@@ -23,7 +23,7 @@ impl Share {
     /// # Errors
     /// The host's reason; EROFS for overlays.
     pub fn setxattr(&mut self, node: u64, name: &CStr, value: &[u8], flags: u32) -> Result<()> {
-        let fd = self.fd(node)?;
+        let fd = self.fd_to_change(node)?;
         self.caller()?;
         rustix::fs::setxattr(FdName::new(&fd).as_c_str(), name, value, XattrFlags::from_bits_retain(flags))
     }
@@ -33,7 +33,7 @@ impl Share {
     /// # Errors
     /// The host's reason; EROFS for overlays.
     pub fn removexattr(&mut self, node: u64, name: &CStr) -> Result<()> {
-        let fd = self.fd(node)?;
+        let fd = self.fd_to_change(node)?;
         self.caller()?;
         rustix::fs::removexattr(FdName::new(&fd).as_c_str(), name)
     }
