@@ -249,7 +249,7 @@ fn connect_and_start(
     running.queues = rings.iter().map(|r| r.queue).collect();
     for ring in &rings {
         // Of what the driver has made available before, nobody was told.
-        ring.kick.wake();
+        ring.kick.wake_shared();
     }
     Ok(())
 }
@@ -315,7 +315,7 @@ impl VirtioDevice for VhostUser {
             RETRY => self.retry(cx),
             BROKEN_RING => Err(DeviceError::Driver("the back end has given a queue up".into())),
             _ => {
-                if self.running.as_ref().is_some_and(|r| r.call.take()) {
+                if self.running.as_ref().is_some_and(|r| r.call.take_shared()) {
                     cx.interrupt().used();
                 }
                 Ok(())

@@ -243,7 +243,8 @@ impl MmioTransport {
         match offset {
             reg::QUEUE_NOTIFY => {
                 if let Some(wake) = self.doorbells.get(value as usize) {
-                    wake.wake();
+                    // The process that serves the queue, if one does, has it too.
+                    wake.wake_shared();
                 }
             }
             reg::INTERRUPT_ACK => {
@@ -433,7 +434,7 @@ impl MmioTransport {
         inner.regs = Regs::default();
         inner.queues.fill(QueueRegs::default());
         for doorbell in &self.doorbells {
-            doorbell.take();
+            doorbell.take_shared();
         }
         self.shared.page.set(reg::STATUS, 0);
         self.shared.page.set(reg::INTERRUPT_STATUS, 0);

@@ -4,7 +4,7 @@ use krun_virtio::mmio::reg;
 use krun_virtio::mock::MmioDriver;
 
 use super::peer::{Fault, Options, Peer, VERSION_1, until};
-use super::{echo, needs_reset, spec, wait_for_reset_wish};
+use super::{WAIT, echo, needs_reset, spec, wait_for_reset_wish};
 use crate::vhost_user::message::{CONFIG_CHANGE, Flags, Header, Protocol, Request};
 use crate::vhost_user::{VhostUser, VhostUserSpec};
 
@@ -177,4 +177,23 @@ fn a_socket_without_a_back_end_is_not_waited_for() {
     assert!(first.unwrap().contains("no answer in time"));
     assert!(start.elapsed() < 20 * PATIENCE);
     drop(listener);
+}
+
+/// Neither the device's thread nor the vCPU waits for it.
+#[test]
+fn the_flags_of_a_descriptor_may_be_changed() {
+    let peer = Peer::new(Options { blocks: true, ..Options::default() });
+    let device = VhostUser::new(spec(&peer)).unwrap();
+    let (done, returned) = std::sync::mpsc::channel();
+    // On a thread of its own, or a mistake would hang the test for ever.
+    std::thread::spawn(move || {
+        let mut driver = MmioDriver::new(device);
+        for _ in 0..2 {
+            driver.start(u64::MAX);
+            driver.kick(0);
+            driver.reset();
+        }
+        done.send(driver.failures().len()).unwrap();
+    });
+    assert_eq!(returned.recv_timeout(WAIT), Ok(0));
 }

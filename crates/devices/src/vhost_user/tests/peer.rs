@@ -66,6 +66,8 @@ pub struct Options {
     pub fault: Option<(Request, Fault)>,
     /// Connections that serve no queue before one does.
     pub idle: u32,
+    /// Makes all that it does with the descriptors for kicks block whoever else has them.
+    pub blocks: bool,
 }
 
 impl Default for Options {
@@ -77,6 +79,7 @@ impl Default for Options {
             config: (1..=12).collect(),
             fault: None,
             idle: 0,
+            blocks: false,
         }
     }
 }
@@ -337,6 +340,10 @@ impl<'a> Connection<'a> {
                 ring.error = fds.pop();
             } else if is(Request::SetVringKick) {
                 ring.kick = fds.pop();
+                if let Some(kick) = ring.kick.take_if(|_| self.options.blocks) {
+                    rustix::fs::fcntl_setfl(&kick, rustix::fs::OFlags::empty()).unwrap();
+                    rustix::io::write(&kick, &(u64::MAX - 1).to_ne_bytes()).unwrap();
+                }
             } else if is(Request::SetVringEnable) {
                 ring.enabled = value == 1;
                 if ring.enabled {
