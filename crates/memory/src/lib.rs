@@ -12,7 +12,7 @@ use std::os::fd::OwnedFd;
 use std::sync::Arc;
 use std::sync::atomic::AtomicU32;
 
-use rustix::fs::{MemfdFlags, ftruncate, memfd_create};
+use rustix::fs::{MemfdFlags, SealFlags, fcntl_add_seals, ftruncate, memfd_create};
 pub use vm_memory::bitmap::BitmapSlice;
 pub use vm_memory::{
     Address, ByteValued, Bytes, FileOffset, GuestAddress, GuestMemoryBackend, GuestMemoryError,
@@ -108,8 +108,11 @@ impl Memfd {
     fn create(size: u64, huge: bool) -> Result<Self, Error> {
         let fail = |e: rustix::io::Errno| Error::Memfd { size, source: e.into() };
         let pages = if huge { MemfdFlags::HUGETLB | MemfdFlags::HUGE_2MB } else { MemfdFlags::empty() };
-        let fd: OwnedFd = memfd_create("krun-ram", MemfdFlags::CLOEXEC | pages).map_err(fail)?;
+        let flags = MemfdFlags::CLOEXEC | MemfdFlags::ALLOW_SEALING | pages;
+        let fd: OwnedFd = memfd_create("krun-ram", flags).map_err(fail)?;
         ftruncate(&fd, size).map_err(fail)?;
+        // A process that it is passed to could make it shorter, and then touching the guest's memory would end this one.
+        fcntl_add_seals(&fd, SealFlags::SHRINK | SealFlags::GROW | SealFlags::SEAL).map_err(fail)?;
         Ok(Self { file: Arc::new(File::from(fd)), size, huge })
     }
 
@@ -256,6 +259,20 @@ mod tests {
         let upper = assemble(&[(GuestAddress(0x10_0000), fd.map(4096, 4096).unwrap())]).unwrap();
         whole.write_obj(7u32, GuestAddress(4100)).unwrap();
         assert_eq!(upper.read_obj::<u32>(GuestAddress(0x10_0004)).unwrap(), 7);
+    }
+
+    #[test]
+    fn a_memfd_keeps_its_length() {
+        // Not every host has huge pages; none need to be set aside for a file that is not mapped.
+        let huge = Memfd::of_huge_pages(HUGE_PAGE).ok();
+        for fd in [Some(Memfd::new(HUGE_PAGE).unwrap()), huge].into_iter().flatten() {
+            for len in [0, 2 * HUGE_PAGE] {
+                assert_eq!(ftruncate(fd.file(), len), Err(rustix::io::Errno::PERM), "huge: {}", fd.huge);
+            }
+            let seals = fcntl_add_seals(fd.file(), SealFlags::WRITE);
+            assert_eq!(seals, Err(rustix::io::Errno::PERM));
+            assert_eq!(fd.file().metadata().unwrap().len(), HUGE_PAGE);
+        }
     }
 
     #[test]
