@@ -10,7 +10,7 @@ use krun_memory::{Address, GuestMemory, GuestMemoryBackend, GuestMemoryRegion};
 use krun_virtio::{ConfigSpace, Cx, DeviceError, DeviceInfo, VirtioDevice};
 
 use super::backend::BackEnd;
-use super::message::{REGIONS_MAX, Region};
+use super::message::{Protocol, REGIONS_MAX, Region};
 use super::requests::Asked;
 use super::session::{Inflight, Ring, Session, Setup};
 use super::spec::{VhostUserError, VhostUserSpec};
@@ -82,8 +82,16 @@ impl VhostUser {
         move |source| DeviceError::Host { what: what.clone(), source }
     }
 
+    /// The error with which the device ends.
+    fn failed(&self, why: Failed) -> DeviceError {
+        match why {
+            Failed::BackEnd(e) => self.error(e),
+            Failed::Device(e) => e,
+        }
+    }
+
     /// Hands the queues over: from their beginning, or from where the back end before has left them.
-    fn hand_over(&mut self, cx: &mut Cx<'_>, again: bool) -> Result<(), DeviceError> {
+    fn hand_over(&mut self, cx: &mut Cx<'_>, again: bool) -> Result<(), Failed> {
         let back_end = Arc::clone(&self.back_end);
         let Some(running) = self.running.as_mut() else { return Ok(()) };
         let mut guard = back_end.session();
@@ -102,10 +110,7 @@ impl VhostUser {
             Err(e) => e,
         };
         *guard = None;
-        Err(match error {
-            Failed::BackEnd(e) => self.error(e),
-            Failed::Device(e) => e,
-        })
+        Err(error)
     }
 
     /// The connection is lost, or of no more use.
@@ -137,7 +142,10 @@ impl VhostUser {
                 cx.interrupt().config_changed();
                 Ok(())
             }
+            // Another program than before: to wait does not make it the same.
+            Err(e @ Failed::BackEnd(VhostUserError::Lacks { .. })) => Err(self.failed(e)),
             Err(e) => {
+                let e = self.failed(e);
                 tracing::debug!(device = self.info.name, "not yet: {e}");
                 self.running.as_ref().map_or(Ok(()), |r| r.retry.set(RETRY_AFTER)).map_err(self.host())
             }
@@ -220,6 +228,10 @@ fn connect_and_start(
     again: bool,
 ) -> Result<(), Failed> {
     let session = back_end.connected(guard)?;
+    if running.inflight.is_some() && !session.protocol.contains(Protocol::INFLIGHT) {
+        let lacks = "has changed: it does not take the notes of the one before".to_owned();
+        return Err(VhostUserError::Lacks { path: back_end.spec().path.clone(), lacks }.into());
+    }
     let failed = |source| VhostUserError::BackEnd { path: back_end.spec().path.clone(), source };
     let memory = shared_memory(cx.memory())?;
     let mut rings = Vec::new();
@@ -301,7 +313,7 @@ impl VirtioDevice for VhostUser {
         };
         self.back_end.set_running(true);
         self.running = Some(Running { queues: Vec::new(), call, broken_ring, inflight: None, retry });
-        self.hand_over(cx, false)
+        self.hand_over(cx, false).map_err(|e| self.failed(e))
     }
 
     fn on_queue(&mut self, _queue: usize, _cx: &mut Cx<'_>) -> Result<(), DeviceError> {

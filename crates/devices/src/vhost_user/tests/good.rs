@@ -204,6 +204,26 @@ fn a_back_end_that_keeps_notes_is_followed_by_another() {
     assert_eq!(echo(&mut driver, 1, b"on"), b"on");
 }
 
+/// Without what the one before had, it is not waited for: the driver starts anew.
+#[test]
+fn a_back_end_that_is_another_than_before_ends_the_wait() {
+    let first = Options { protocol: Protocol::all(), ..Options::default() };
+    for later in [Options::default(), Options { features: first.features - (1 << 3), ..first.clone() }] {
+        let same = later.features == first.features;
+        let peer = Peer::new(Options { later: Some(Box::new(later)), ..first.clone() });
+        let mut driver = MmioDriver::direct(VhostUser::new(spec(&peer)).unwrap());
+        driver.start(u64::MAX);
+        assert_eq!(echo(&mut driver, 0, b"x"), b"x");
+        peer.seen.hang_up.store(true, Ordering::SeqCst);
+        wait_for_reset_wish(&driver);
+        assert!(driver.failures().is_empty());
+        if same {
+            driver.start(u64::MAX);
+            assert_eq!(echo(&mut driver, 0, b"y"), b"y");
+        }
+    }
+}
+
 #[test]
 fn a_reset_ends_the_wait_for_a_back_end() {
     let peer = Peer::new(Options { protocol: Protocol::all(), ..Options::default() });

@@ -68,6 +68,8 @@ pub struct Options {
     pub idle: u32,
     /// Makes all that it does with the descriptors for kicks block whoever else has them.
     pub blocks: bool,
+    /// What is different from the second connection on.
+    pub later: Option<Box<Options>>,
 }
 
 impl Default for Options {
@@ -80,6 +82,7 @@ impl Default for Options {
             fault: None,
             idle: 0,
             blocks: false,
+            later: None,
         }
     }
 }
@@ -127,6 +130,7 @@ impl Peer {
                         shared.hang_up.store(false, Ordering::SeqCst);
                         Connection::new(socket, &options, &shared).run();
                         options.idle = options.idle.saturating_sub(1);
+                        options = options.later.take().map_or(options, |later| *later);
                     }
                     Err(_) => thread::sleep(Duration::from_millis(2)),
                 }
