@@ -21,6 +21,10 @@ const FOR_GUESTS: u64 = 0x00ff_ffff
     | 1 << feature::RING_EVENT_IDX
     | 1 << feature::VERSION_1;
 
+/// Features of a network interface that need its control queue (virtio 1.3, section 5.1.3.1): `GUEST_OFFLOADS`, from
+/// `CTRL_VQ` to `CTRL_MAC_ADDR` with `MQ` among them, `VQ_NOTF_COAL`, `NOTF_COAL`, `HASH_REPORT`, `RSS`.
+const NET_CONTROL: u64 = 1 << 2 | 0x7f << 17 | 1 << 52 | 1 << 53 | 1 << 57 | 1 << 60;
+
 /// Shared by the device, wherever it is, and the vCPUs that access its configuration.
 #[derive(Debug)]
 pub struct BackEnd {
@@ -49,11 +53,12 @@ impl BackEnd {
     pub fn new(spec: VhostUserSpec) -> Result<Self, VhostUserError> {
         spec.validate()?;
         let mut session = open(&spec)?;
-        let features = session.features & FOR_GUESTS;
+        let mut features = session.features & FOR_GUESTS;
         if features & 1 << feature::VERSION_1 == 0 {
             return Err(lacks(&spec.path, "does not offer virtio 1.0"));
         }
         let (queues, served) = count(&spec, session.queues)?;
+        features &= !beyond(spec.kind, served);
         let told = match session.protocol.contains(Protocol::CONFIG) {
             true => first_config(&spec, &mut session, queues)?,
             false => None,
@@ -186,6 +191,12 @@ fn count(spec: &VhostUserSpec, has: Option<u64>) -> Result<(u16, u16), VhostUser
     Ok((queues, served))
 }
 
+/// Features that a device of so few queues cannot have, whatever its back end offers: some leave the control queue of a
+/// network interface to the front end, and a driver would wait for it for ever.
+fn beyond(kind: DeviceKind, served: u16) -> u64 {
+    if kind == DeviceKind::NET && served < 3 { NET_CONTROL } else { 0 }
+}
+
 /// The back end's configuration, as much of it as it has; `None` when it tells nothing.
 fn first_config(
     spec: &VhostUserSpec,
@@ -246,8 +257,8 @@ const GUEST_CID: u64 = 3;
 /// Makes a configuration speak of no more queues than the guest sees.
 fn fit(kind: DeviceKind, config: &mut [u8], queues: u16) {
     let (at, most) = match kind {
-        // Pairs of them; nothing is said of the control queue.
-        DeviceKind::NET => (8..10, queues / 2),
+        // Pairs of them. With more than one comes the control queue, after the last.
+        DeviceKind::NET => (8..10, (queues.saturating_sub(1) / 2).max(1)),
         DeviceKind::BLOCK => (34..36, queues),
         DeviceKind::FS => (36..40, queues.saturating_sub(1)),
         _ => return,
@@ -288,5 +299,19 @@ mod tests {
         fit(DeviceKind::FS, &mut config, 2);
         assert_eq!(config[35..], [0, 1, 0, 0, 0]);
         fit(DeviceKind::BLOCK, &mut config[..20], 1);
+        for (queues, pairs) in [(1, 1), (2, 1), (3, 1), (4, 1), (5, 2)] {
+            let mut config = [0xff; 12];
+            fit(DeviceKind::NET, &mut config, queues);
+            assert_eq!(config[7..], [0xff, pairs, 0, 0xff, 0xff], "{queues} queues");
+        }
+    }
+
+    #[test]
+    fn a_control_queue_that_is_not_there_is_not_offered() {
+        let (ctrl_vq, mq, mac, status) = (1 << 17, 1 << 22, 1 << 5, 1 << 16);
+        let hidden = beyond(DeviceKind::NET, 2);
+        assert_eq!(hidden & (ctrl_vq | mq | mac | status | 1 << feature::VERSION_1), ctrl_vq | mq);
+        assert_eq!(hidden & !FOR_GUESTS, 0);
+        assert_eq!((beyond(DeviceKind::NET, 3), beyond(DeviceKind::BLOCK, 1)), (0, 0));
     }
 }
