@@ -300,6 +300,7 @@ fn consoles(config: &mut VmConfig, mut control: Option<UnixStream>) -> Result<Co
     if needed > 0 && !list.iter().any(room) {
         list.push(Console::Standard { input: None, output: None, error: None });
     }
+    let mut before = 0;
     for console in list {
         let has_room = room(&console);
         let mut ports = match console {
@@ -307,9 +308,10 @@ fn consoles(config: &mut VmConfig, mut control: Option<UnixStream>) -> Result<Co
             Console::Ports(described) => named(described)?,
         };
         if has_room && let Some(output) = log.take() {
-            all.log = Some(ports.list.iter().filter(|port| port.is_console()).count());
+            all.log = Some(before + ports.list.iter().filter(|port| port.is_console()).count());
             ports.list.push(PortSpec::console(None, Some(output), None));
         }
+        before += ports.list.iter().filter(|port| port.is_console()).count();
         if has_room && let Some(stream) = control.take() {
             let port = PortSpec::duplex(wire::CONTROL_PORT, stream.into())
                 .map_err(|source| Error::Host { what: "duplicate the control socket", source })?;

@@ -63,7 +63,7 @@ pub struct VmConfig {
     /// Strings that the guest finds in its SMBIOS tables (`dmidecode -t 11`), if its kernel reads those.
     pub oem_strings: Vec<String>,
     /// Takes the messages of the guest's kernel, of all levels, and nothing else. They go through a console of their
-    /// own (`hvcN`), which is there early in the boot; what was said before follows if the kernel is ours.
+    /// own (`hvcN`), from when Linux has found it; for earlier ones there is `serial`.
     pub kernel_log: Option<OwnedFd>,
     /// Kernel messages and init's timings go to the console.
     pub verbose: bool,
