@@ -148,14 +148,23 @@ fn kvm_tests(lab: &Lab) -> Result<Counts, String> {
     let text = String::from_utf8_lossy(&out.stdout);
     let programs: Vec<_> = text.lines().filter_map(executable).collect();
     let mut counts = Counts::default();
+    if !out.status.success() {
+        counts.check("building the tests under KVM", Err(out.status.to_string()));
+    }
     for program in &programs {
         let words = [program, "--quiet", "--show-output"].map(Into::into);
-        let status = lab.lines(&words, &[], &[], Some(KVM_TESTS_LIMIT), |line| counts.line(line))?;
-        let failed = counts.failed;
-        if !status.success() && failed == 0 {
-            counts.check(program, Err(format!("ended with {status}")));
+        let mut part = Counts::default();
+        let status = lab.lines(&words, &[], &[], Some(KVM_TESTS_LIMIT), |line| {
+            part.line(line);
+            if line.contains("FAILED") || line.contains("panicked") {
+                println!("{line}");
+            }
+        })?;
+        if !status.success() && part.failed == 0 {
+            part.check(program, Err(format!("ended with {status}")));
         }
-        println!("{program}: {status}");
+        println!("{program}: {} passed, {} failed", part.passed, part.failed);
+        counts.add(part);
     }
     if programs.len() < 3 {
         counts.check("the tests under KVM", Err(format!("cargo named only {programs:?}")));

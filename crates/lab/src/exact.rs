@@ -23,7 +23,7 @@ use crate::{Engine, Error, template};
 /// Nanoseconds of the machine's time that an instruction takes, as a power of two.
 const SHIFT: u32 = 4;
 /// How long a run may take. Counting makes QEMU slow, and it has been seen to stop for good.
-const PATIENCE: Duration = Duration::from_secs(240);
+const PATIENCE: Duration = Duration::from_secs(120);
 /// Frequency of its time stamp counter in kHz: it counts nanoseconds.
 const COUNTER_KHZ: u32 = 1_000_000;
 

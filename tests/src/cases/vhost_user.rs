@@ -13,6 +13,7 @@ use krun::{DeviceKind, VhostUser, VmConfig};
 
 use super::disk::{MIB, image};
 use crate::harness::{Captured, Case, Env, Failure, TempDir, find, no_guest, noise, run, same, start};
+use crate::network;
 
 pub const BLOCK: Case = Case { name: "vhost_user_block", host: block, guest: no_guest };
 pub const RNG: Case = Case { name: "vhost_user_rng", host: rng, guest: no_guest };
@@ -34,7 +35,7 @@ impl Peer {
         command.args(args).stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::null());
         let mut peer = Self(command.spawn()?);
         let start = Instant::now();
-        while !socket.exists() {
+        while !network::listens(socket)? {
             if let Some(status) = peer.0.try_wait()? {
                 return Err(Failure::Wrong(format!("{program} has ended: {status}")));
             }

@@ -95,7 +95,7 @@ impl Program {
 }
 
 /// Whether somebody listens there; a socket has its name before it does.
-fn listens(socket: &Path) -> Result<bool, Failure> {
+pub fn listens(socket: &Path) -> Result<bool, Failure> {
     /// `SO_ACCEPTCON` in the fourth field.
     const LISTENS: &str = "00010000";
     let path = socket.to_string_lossy();
