@@ -96,5 +96,20 @@ fn cli(env: &Env, dir: &TempDir) -> Result<(), Failure> {
     }
     let output = env.krun()?.args(["--", ""]).output()?;
     same("status of an empty command", output.status.code(), Some(125))?;
-    contains("empty command", &String::from_utf8_lossy(&output.stderr), "empty word")
+    contains("empty command", &String::from_utf8_lossy(&output.stderr), "empty word")?;
+    // No bundle anywhere: not in the cache, and none was named.
+    let krun = env.krun()?.get_program().to_owned();
+    let output = std::process::Command::new(krun)
+        .args(["run", "--accel", "kvm", "--root"])
+        .arg(&env.root)
+        .args(["--", "true"])
+        .env("XDG_CACHE_HOME", dir.path())
+        .output()?;
+    if output.status.success() {
+        return Err(Failure::Skip(
+            "a kernel bundle is installed here; all but its absence was tested".into(),
+        ));
+    }
+    same("status without a bundle", output.status.code(), Some(125))?;
+    contains("no bundle", &String::from_utf8_lossy(&output.stderr), "libkrunfw.so.5 was not found")
 }
