@@ -34,6 +34,13 @@ impl Lab {
         }
     }
 
+    /// `krun run` in the emulated host, without its options.
+    pub fn emulated(&self) -> Command {
+        let mut command = Command::new(&self.krun);
+        command.args(["run", "--accel", "emulated"]).env("KRUN_HOST_KERNEL", &self.kernel);
+        command
+    }
+
     fn command(&self) -> Command {
         let mut command = Command::new(&self.krun);
         command.arg("lab").env("KRUN_HOST_KERNEL", &self.kernel).stdin(Stdio::null());

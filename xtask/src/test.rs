@@ -1,6 +1,6 @@
 //! `cargo xtask test`: everything that can be checked here, with counts.
 
-use std::io::{BufRead, BufReader};
+use std::io::{BufRead, BufReader, Write};
 use std::path::PathBuf;
 use std::process::{Command, Stdio};
 use std::thread;
@@ -126,6 +126,8 @@ pub fn run(names: &[String]) -> Result<(), String> {
         counts.add(counted("cargo test", &mut unit));
         stage("tests of the hypervisor and the machine, under the emulated host's KVM");
         counts.add(kvm_tests(&lab)?);
+        stage("krun run in the emulated host");
+        counts.check("krun run --accel emulated", emulated_run(&lab));
         stage("installation");
         counts.check("cargo xtask install", install::check());
     }
@@ -173,6 +175,37 @@ fn kvm_tests(lab: &Lab) -> Result<Counts, String> {
         counts.check("a test under KVM", Err(why));
     }
     Ok(counts)
+}
+
+/// `krun run` where KVM does not serve, as a user has it: input, both outputs, a volume and the status.
+fn emulated_run(lab: &Lab) -> Result<(), String> {
+    let root = rootfs::ensure(rootfs::TEST)?;
+    let fail = |e: std::io::Error| format!("a directory for it: {e}");
+    let dir = std::path::absolute(crate::target_dir().join("emulated-run")).map_err(fail)?;
+    let _ = std::fs::remove_dir_all(&dir);
+    std::fs::create_dir_all(&dir).map_err(fail)?;
+    let script = "cat; echo err >&2; cat > /mnt/written < /proc/sys/kernel/hostname; exit 37";
+    let mut volume = dir.clone().into_os_string();
+    volume.push(":/mnt");
+    let mut command = lab.emulated();
+    command.arg("--kernel").arg(debian::bundle()?).arg("--root").arg(root).arg("--volume").arg(volume);
+    command
+        .args(["--", "sh", "-c", script])
+        .stdin(Stdio::piped())
+        .stdout(Stdio::piped())
+        .stderr(Stdio::piped());
+    let mut child = command.spawn().map_err(|e| format!("cannot start: {e}"))?;
+    if let Some(mut input) = child.stdin.take() {
+        input.write_all(b"in\n").map_err(|e| format!("standard input: {e}"))?;
+    }
+    let out = child.wait_with_output().map_err(|e| e.to_string())?;
+    let written = std::fs::read(dir.join("written")).unwrap_or_default();
+    let seen = (out.status.code(), &out.stdout[..], &out.stderr[..], &written[..]);
+    if seen == (Some(37), b"in\n", b"err\n", b"localhost\n") {
+        return Ok(());
+    }
+    let text = |bytes: &[u8]| String::from_utf8_lossy(bytes).into_owned();
+    Err(format!("{}, {:?}, {:?}, {:?}", out.status, text(&out.stdout), text(&out.stderr), text(&written)))
 }
 
 /// The test program that a line of cargo's messages names; examples lie elsewhere.
