@@ -14,7 +14,9 @@ use std::process::Command;
 
 use krun::{Net, NetPeer, Offloads};
 
-use super::{Close, PATIENCE, Program, arg, echo_servers, exchange, in_namespace, ping, serve_once};
+use super::{
+    Close, PATIENCE, Program, arg, echo_servers, exchange, exchange_all, in_namespace, ping, serve_once,
+};
 use crate::harness::{Case, Env, Failure, TempDir, contains, start};
 
 pub const GVPROXY: Case = Case { name: "net_gvproxy", host: gvproxy, guest };
@@ -36,13 +38,7 @@ fn guest(args: &[OsString]) -> Result<u8, String> {
     if !resolver.contains(&format!("nameserver {ROUTER}\n")) {
         return Err(format!("resolv.conf: {resolver:?}"));
     }
-    let connect = || TcpStream::connect((HOST, port)).map_err(|e| format!("connect: {e}"));
-    exchange(&connect()?, AMOUNT, 1, Close::Late)?;
-    std::thread::scope(|scope| {
-        let each = |seed| scope.spawn(move || exchange(&connect()?, AMOUNT / 8, seed, Close::Late));
-        let all: Vec<_> = (0..8).map(each).collect();
-        all.into_iter().try_for_each(|t| t.join().map_err(|_| "a connection panicked".to_owned())?)
-    })?;
+    exchange_all((HOST, port), AMOUNT)?;
     for len in [1, 1000] {
         ping((HOST, port), len)?;
     }

@@ -119,6 +119,17 @@ pub fn arg<T: std::str::FromStr>(args: &[OsString], n: usize) -> Result<T, Strin
     word.parse().map_err(|_| format!("{word:?} makes no sense"))
 }
 
+/// [`exchange`] on one connection, then on eight at once; each closes after its answer.
+pub fn exchange_all(address: (&str, u16), amount: usize) -> Result<(), String> {
+    let connect = || TcpStream::connect(address).map_err(|e| format!("connect: {e}"));
+    exchange(&connect()?, amount, 1, Close::Late)?;
+    std::thread::scope(|scope| {
+        let each = |seed| scope.spawn(move || exchange(&connect()?, amount / 8, seed, Close::Late));
+        let all: Vec<_> = (0..8).map(each).collect();
+        all.into_iter().try_for_each(|t| t.join().map_err(|_| "a connection panicked".to_owned())?)
+    })
+}
+
 /// Sends noise over a connection and expects it back, both at once.
 pub fn exchange(stream: &TcpStream, len: usize, seed: u64, close: Close) -> Result<(), String> {
     let text = |e: std::io::Error| format!("exchange of {len} bytes: {e}");

@@ -16,7 +16,9 @@ use std::time::{Duration, Instant};
 
 use krun::{Net, NetPeer, Offloads};
 
-use super::{Close, PATIENCE, Program, arg, echo_servers, exchange, in_namespace, ip, ping, serve_once};
+use super::{
+    Close, PATIENCE, Program, arg, echo_servers, exchange, exchange_all, in_namespace, ip, ping, serve_once,
+};
 use crate::harness::{Case, Env, Failure, TempDir, contains, same, start};
 
 pub const PASST: Case = Case { name: "net_passt", host: passt, guest };
@@ -65,13 +67,7 @@ fn check_configuration() -> Result<(), String> {
 fn guest(args: &[OsString]) -> Result<u8, String> {
     let port = arg(args, 0)?;
     check_configuration()?;
-    let connect = || TcpStream::connect((ROUTER, port)).map_err(|e| format!("connect: {e}"));
-    exchange(&connect()?, AMOUNT, 1, Close::Late)?;
-    std::thread::scope(|scope| {
-        let each = |seed| scope.spawn(move || exchange(&connect()?, AMOUNT / 8, seed, Close::Late));
-        let all: Vec<_> = (0..8).map(each).collect();
-        all.into_iter().try_for_each(|t| t.join().map_err(|_| "a connection panicked".to_owned())?)
-    })?;
+    exchange_all((ROUTER, port), AMOUNT)?;
     for len in [1, 1000, 9000] {
         ping((ROUTER, port), len)?;
     }
