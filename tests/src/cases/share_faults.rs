@@ -4,7 +4,7 @@ use std::fs;
 use std::os::unix::fs::PermissionsExt;
 
 use super::disk::tool;
-use crate::harness::{Captured, Case, Env, Failure, Mounted, TempDir, no_guest, same, start};
+use crate::harness::{Captured, Case, Env, Failure, Mounted, TempDir, no_guest, run, same, start};
 use krun::Share;
 
 pub const SPACE: Case = Case { name: "share_no_space", host: no_space, guest: no_guest };
@@ -72,7 +72,32 @@ fn no_space(env: &Env) -> Result<(), Failure> {
     expected.push_str("names went well\n");
     same("what the guest saw", captured.finish()?.success()?.out(), expected)?;
     let mapped = fs::read(small.path().join("b"))?;
-    same("the mapped file on the host", mapped.iter().step_by(4096).all(|b| *b == 7), true)
+    same("the mapped file on the host", mapped.iter().step_by(4096).all(|b| *b == 7), true)?;
+    quota(env)
+}
+
+/// A user's quota of the host is the guest's user's.
+fn quota(env: &Env) -> Result<(), Failure> {
+    let dir = TempDir::new("share-quota")?;
+    let limits = "usrquota,usrquota_block_hardlimit=1m,usrquota_inode_hardlimit=20";
+    let small = Mounted::new(&["-t", "tmpfs", "-o", limits], "tmpfs", dir.path())?;
+    fs::set_permissions(small.path(), fs::Permissions::from_mode(0o777))?;
+    let script = r#"
+import errno, os
+os.setresuid(65534, 65534, 65534)
+def over(what, do):
+    try: do()
+    except OSError as e: print(what, errno.errorcode[e.errno])
+def write():
+    with open("/media/a", "wb", buffering=0) as f:
+        for n in range(64): f.write(bytes(65536))
+def names():
+    for n in range(64): open(f"/media/n{n}", "w").close()
+over("write", write); os.truncate("/media/a", 0); over("names", names)
+"#;
+    let mut config = env.program("python3", ["-c", script]);
+    config.shares.push(Share { mount: Some("/media".into()), ..Share::new("small", small.path()) });
+    same("beyond a quota", run(config)?.success()?.out().as_str(), "write EDQUOT\nnames EDQUOT\n")
 }
 
 /// The guest's caches hold what it was told for a second.

@@ -1,4 +1,4 @@
-//! Who the host thinks is acting: the thread's file-system ids, its umask and one capability.
+//! Who the host thinks is acting: the thread's file-system ids, its umask and two capabilities.
 
 use std::io;
 use std::os::fd::BorrowedFd;
@@ -25,7 +25,8 @@ pub struct Caller {
 impl Caller {
     /// Sets the calling thread up: a umask and working directory of its own (no mask, and
     /// `/proc/self/fd` as `fds`), so that modes arrive as the guest sent them and attributes of
-    /// inodes can be reached by descriptor number.
+    /// inodes can be reached by descriptor number. It loses `CAP_SYS_RESOURCE`, which would take it past
+    /// quotas and into the space kept for the host's root.
     ///
     /// # Errors
     /// The host refuses a private umask, or `fds` is no directory.
@@ -35,7 +36,11 @@ impl Caller {
         unsafe { rustix::thread::unshare_unsafe(UnshareFlags::FS) }?;
         rustix::process::umask(Mode::empty());
         rustix::process::fchdir(fds)?;
-        let caps = rustix::thread::capabilities(None)?;
+        let mut caps = rustix::thread::capabilities(None)?;
+        if caps.effective.contains(CapabilitySet::SYS_RESOURCE) {
+            caps.effective.remove(CapabilitySet::SYS_RESOURCE);
+            rustix::thread::set_capabilities(None, caps)?;
+        }
         let needed = CapabilitySet::SETUID | CapabilitySet::SETGID;
         let switches = caps.effective.contains(needed);
         // Without this, the file capabilities go while another id is worn and the host would check
