@@ -4,4 +4,7 @@ mod ports;
 mod serial;
 
 pub use ports::{Ports, Request};
+#[cfg(any(test, feature = "mock"))]
+#[doc(hidden)]
+pub use serial::fuzz_one as fuzz_serial;
 pub use serial::{Serial, SerialError};

@@ -1,5 +1,12 @@
 //! A 16550A serial port (National Semiconductor PC16550D data sheet), as much of it as drivers use.
 
+#[cfg(any(test, feature = "mock"))]
+mod fuzz;
+
+#[cfg(any(test, feature = "mock"))]
+#[doc(hidden)]
+pub use fuzz::fuzz_one;
+
 use std::collections::VecDeque;
 use std::fmt;
 use std::fs::File;

@@ -1,5 +1,12 @@
 //! The entropy device (virtio 1.2, section 5.4): random bytes from the host's kernel.
 
+#[cfg(any(test, feature = "mock"))]
+mod fuzz;
+
+#[cfg(any(test, feature = "mock"))]
+#[doc(hidden)]
+pub use fuzz::fuzz_one;
+
 use std::io::{self, Write};
 use std::sync::Arc;
 
