@@ -21,7 +21,20 @@ pub const PYTHON: Rootfs = Rootfs { name: "python", packages: &["python3-minimal
 /// For the tests: the programs that the guest runs there.
 pub const TEST: Rootfs = Rootfs {
     name: "test",
-    packages: &["python3", "perl", "git", "gcc", "libc6-dev", "procps", "attr", "strace", "fio"],
+    packages: &[
+        "python3",
+        "perl",
+        "git",
+        "gcc",
+        "libc6-dev",
+        "procps",
+        "attr",
+        "strace",
+        "fio",
+        "stress-ng",
+        "dbench",
+        "postgresql",
+    ],
 };
 
 /// The folder of `rootfs`, made if it is not in the cache.

@@ -241,7 +241,11 @@ fn vm_tests(names: &[String]) -> Result<Counts, String> {
     // After QEMU: installing that removes qemu-utils of another version.
     packages::ensure("the tests of disks", &["qemu-utils", "qemu-system-common"])?;
     let peers = peers::ensure()?;
-    let bundles = [(OURS, ours.bundle), ("Debian's libkrunfw5", debian)];
+    let mut bundles = vec![(OURS, ours.bundle), ("Debian's libkrunfw5", debian)];
+    if std::env::var_os(ONLY_OURS).is_some() {
+        println!("{ONLY_OURS} is set: VM tests run with our kernel only");
+        bundles.truncate(1);
+    }
     let runs: Vec<_> = bundles
         .into_iter()
         .map(|(label, bundle)| {
@@ -294,6 +298,9 @@ fn vm_tests(names: &[String]) -> Result<Counts, String> {
 
 const OURS: &str = "our kernel";
 
+/// Leaves out the tests with Debian's bundle, to save time while something is written.
+const ONLY_OURS: &str = "KRUN_TEST_ONLY_OURS";
+
 /// Cases that run with one bundle only, unless named: they bring their own kernel, or are about programs and disks
 /// at work for long, with nothing of the kernel that other cases do not show.
 const ONCE: &[&str] = &[
@@ -309,6 +316,10 @@ const ONCE: &[&str] = &[
     "share_no_space",
     "suite_pjdfstest",
     "suite_fsx",
+    "load_pgbench",
+    "load_dbench",
+    "load_stress",
+    "load_stress_files",
     "vhost_user_fs",
     "vhost_user_vsock",
     "vhost_user_console",

@@ -5,6 +5,7 @@ use std::process::Command;
 
 use krun::{BlockError, Disk, DiskFormat, Error, SyncMode, Vm};
 
+use super::suites::ext4;
 use crate::harness::{Case, Env, Failure, TempDir, contains, no_guest, run, same, start};
 
 pub const CASE: Case = Case { name: "disk", host, guest: no_guest };
@@ -184,22 +185,28 @@ fn formats(env: &Env) -> Result<(), Failure> {
     }
 }
 
-/// fio writes and verifies at random, with several requests in flight.
+/// fio writes and verifies at random, with several requests in flight; also past the host's page cache.
 fn fio(env: &Env) -> Result<(), Failure> {
     let dir = TempDir::new("disk-fio")?;
-    let (raw, qcow2) = (dir.path().join("raw"), dir.path().join("qcow2"));
-    image(&raw, 64 * MIB)?;
-    let made = tool("qemu-img", &["create", "-q", "-f", "qcow2", &qcow2.to_string_lossy(), "64M"])?;
-    let mut disks = vec![Disk::new("raw", &raw)];
-    if matches!(made, Some((0, _))) {
-        disks.push(Disk { format: DiskFormat::Qcow2, ..Disk::new("qcow2", &qcow2) });
+    let ext4 = ext4(&dir, 200)?;
+    let mut images = Vec::new();
+    for (at, direct_io) in [(dir.path(), false), (ext4.path(), true)] {
+        let (raw, qcow2) = (at.join("raw"), at.join("qcow2"));
+        image(&raw, 64 * MIB)?;
+        images.push(Disk { direct_io, ..Disk::new("raw", &raw) });
+        let made = tool("qemu-img", &["create", "-q", "-f", "qcow2", &qcow2.to_string_lossy(), "64M"])?;
+        if matches!(made, Some((0, _))) {
+            images.push(Disk { direct_io, format: DiskFormat::Qcow2, ..Disk::new("qcow2", &qcow2) });
+        }
     }
-    for disk in disks {
-        for (what, more) in [
-            ("random", "--rw=randwrite --bsrange=512-64k --bs_unaligned=0 --blockalign=512 --norandommap=0"),
-            ("mixed with trims", "--rw=randtrimwrite --bs=16k"),
-            ("with fsync", "--rw=randwrite --bs=4k --fsync=8 --io_size=4m"),
-        ] {
+    let random = "--rw=randwrite --bsrange=512-64k --bs_unaligned=0 --blockalign=512 --norandommap=0";
+    let all = [
+        ("random", random),
+        ("mixed with trims", "--rw=randtrimwrite --bs=16k"),
+        ("with fsync", "--rw=randwrite --bs=4k --fsync=8 --io_size=4m"),
+    ];
+    for disk in &images {
+        for (what, more) in &all[..if disk.direct_io { 1 } else { 3 }] {
             let script = format!(
                 "fio --name=t --filename=/dev/vda --direct=1 --ioengine=libaio --iodepth=16 --size=24m \
                  --verify=crc32c --verify_fatal=1 --do_verify=1 --randseed=7 --output-format=terse {more} 2>&1"
@@ -210,16 +217,14 @@ fn fio(env: &Env) -> Result<(), Failure> {
             if output.code == 127 {
                 return Err(Failure::Skip("no fio in the root".into()));
             }
-            let text = format!("fio {what} on {}: {}", disk.id, output.out());
+            let host = if disk.direct_io { ", direct on the host" } else { "" };
+            let text = format!("fio {what} on {}{host}: {}", disk.id, output.out());
             same(&text, output.code, 0)?;
         }
     }
-    if matches!(made, Some((0, _))) {
-        same(
-            "qemu-img check",
-            tool("qemu-img", &["check", &qcow2.to_string_lossy()])?.map(|r| r.0),
-            Some(0),
-        )?;
+    for disk in images.iter().filter(|d| d.format == DiskFormat::Qcow2) {
+        let check = tool("qemu-img", &["check", &disk.path.to_string_lossy()])?;
+        same("qemu-img check", check.map(|r| r.0), Some(0))?;
     }
     Ok(())
 }

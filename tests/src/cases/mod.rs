@@ -19,6 +19,7 @@ mod init;
 mod input;
 mod kernels;
 mod leftovers;
+mod loads;
 mod many_devices;
 mod processors;
 mod programs;
@@ -51,6 +52,10 @@ pub const ALL: &[Case] = &[
     share_locks::CASE,
     suites::PJDFSTEST,
     suites::FSX,
+    loads::PGBENCH,
+    loads::DBENCH,
+    loads::STRESS,
+    loads::STRESS_FILES,
     init::CASE,
     processors::CASE,
     processors::NESTED,

@@ -24,7 +24,7 @@ fn home(program: &str) -> Result<PathBuf, Failure> {
 }
 
 /// Whether all there is runs, which takes many minutes and a longer `KRUN_TEST_CASE_SECONDS`.
-fn whole() -> bool {
+pub fn whole() -> bool {
     std::env::var_os("KRUN_TEST_WHOLE").is_some()
 }
 
@@ -36,24 +36,14 @@ fn tmpfs(dir: &TempDir) -> Result<Mounted, Failure> {
 }
 
 /// An empty ext4 file system of this host.
-fn ext4(dir: &TempDir) -> Result<Mounted, Failure> {
+pub fn ext4(dir: &TempDir, mib: u64) -> Result<Mounted, Failure> {
     let (file, at) = (dir.path().join("image"), dir.path().join("ext4"));
-    image(&file, 64 * MIB)?;
+    image(&file, mib * MIB)?;
     std::fs::create_dir(&at)?;
     let file = file.to_string_lossy();
     match tool("mkfs.ext4", &["-q", "-F", "-m", "0", &file])? {
-        Some((0, _)) => {}
-        other => return Err(Failure::Skip(format!("no ext4 can be made here: {other:?}"))),
-    }
-    // Not by mount itself: it holds the device open meanwhile, which a kernel that protects mounted disks refuses.
-    match tool("losetup", &["-f", "--show", &file])? {
-        Some((0, device)) => {
-            let mounted = Mounted::new(&["-t", "ext4"], device.trim(), &at);
-            // It goes once nothing uses it any more.
-            tool("losetup", &["-d", device.trim()])?;
-            mounted
-        }
-        other => Err(Failure::Skip(format!("no loop device here: {other:?}"))),
+        Some((0, _)) => Mounted::new(&["-o", "loop"], &file, &at),
+        other => Err(Failure::Skip(format!("no ext4 can be made here: {other:?}"))),
     }
 }
 
@@ -175,7 +165,7 @@ fn pjdfstest(env: &Env) -> Result<(), Failure> {
     };
     let mut disks = vec![("a share of tmpfs", tmpfs(&dir)?)];
     if whole() {
-        disks.push(("a share of ext4", ext4(&dir)?));
+        disks.push(("a share of ext4", ext4(&dir, 64)?));
     }
     for (what, disk) in disks {
         let reference = here(&disk.path().join("host"), some)?;
@@ -220,7 +210,7 @@ fn fsx(env: &Env) -> Result<(), Failure> {
              {programs}/fsx -f {settings} -S $s -N {steps} -P $d $d/file$s 2>&1 || exit 1; done; done; echo passed"
         )
     };
-    let disk = if whole() { ext4(&dir)? } else { tmpfs(&dir)? };
+    let disk = if whole() { ext4(&dir, 64)? } else { tmpfs(&dir)? };
     let own = settings.path().join("fsx").display().to_string();
     let host = here(&script(
         &programs.display().to_string(),
