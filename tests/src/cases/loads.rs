@@ -122,7 +122,7 @@ fn stress(env: &Env) -> Result<(), Failure> {
     let output = run(ground.guest(env, &script))?;
     let text = output.out();
     same(&format!("status; {text}"), output.code, 0)?;
-    same(&format!("runs to the end: {text}"), text.matches("successful run completed").count(), 2)?;
+    same(&format!("runs to the end: {text}"), text.matches("] successful run completed").count(), 2)?;
     ground.check()
 }
 

@@ -27,6 +27,7 @@ mod several;
 mod share_cache;
 mod share_faults;
 mod share_locks;
+mod share_users;
 mod shares;
 mod signals;
 mod stdio;
@@ -50,6 +51,7 @@ pub const ALL: &[Case] = &[
     share_faults::CHANGES,
     share_faults::GONE,
     share_locks::CASE,
+    share_users::CASE,
     suites::PJDFSTEST,
     suites::FSX,
     loads::PGBENCH,
