@@ -242,7 +242,7 @@ fn vm_tests(names: &[String]) -> Result<Counts, String> {
     packages::ensure("the tests of disks", &["qemu-utils", "qemu-system-common"])?;
     let peers = peers::ensure()?;
     let mut bundles = vec![(OURS, ours.bundle), ("Debian's libkrunfw5", debian)];
-    if std::env::var_os(ONLY_OURS).is_some() {
+    if std::env::var_os(ONLY_OURS).is_some_and(|v| !v.is_empty()) {
         println!("{ONLY_OURS} is set: VM tests run with our kernel only");
         bundles.truncate(1);
     }

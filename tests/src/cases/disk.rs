@@ -47,14 +47,15 @@ pub fn check_ext4(path: &Path) -> Result<(), Failure> {
     }
 }
 
-/// Makes a file system, fills it, mounts it again and compares.
+/// Makes a file system, fills it, mounts it again and compares; one more inside a file of it.
 const FILL: &str = "set -e
     mkfs.ext4 -q -F /dev/vda; mkdir -p /run/d; mount /dev/vda /run/d
     dd if=/dev/urandom of=/run/d/a bs=1M count=24 2>/dev/null
     for i in $(seq 200); do echo $i > /run/d/$i; done
     sum=$(sha256sum < /run/d/a); umount /run/d; mount /dev/vda /run/d
     test \"$sum\" = \"$(sha256sum < /run/d/a)\"; test \"$(cat /run/d/200)\" = 200
-    rm /run/d/a; sync; fstrim /run/d; umount /run/d";
+    truncate -s 8M /run/d/b; mkfs.ext4 -q -F /run/d/b; mount -o loop /run/d/b /srv; echo x > /srv/x; umount /srv
+    rm /run/d/a /run/d/b; sync; fstrim /run/d; umount /run/d";
 
 fn host(env: &Env) -> Result<(), Failure> {
     let dir = TempDir::new("disk")?;
