@@ -50,6 +50,9 @@ struct Port {
     ready: bool,
     /// Taken away from the guest for good.
     removed: bool,
+    /// The driver has done with it what it will do at the start: opened it, which it does to a terminal that it has
+    /// numbered, or failed to set it up.
+    settled: bool,
     due: Due,
 }
 
@@ -83,6 +86,7 @@ impl Control {
             host_open: f.connected,
             ready: false,
             removed: false,
+            settled: false,
             due: Due::empty(),
         };
         Self { ports: facts.into_iter().enumerate().map(port).collect() }
@@ -108,6 +112,7 @@ impl Control {
         match event {
             PORT_READY if value == 0 => {
                 port.ready = false;
+                port.settled = true;
                 port.due = Due::empty();
                 Err(format!("the driver could not set port {id} up"))
             }
@@ -117,7 +122,10 @@ impl Control {
                 Ok(None)
             }
             PORT_OPEN if value == 0 => Ok(Some(Change::Closed(n))),
-            PORT_OPEN => Ok(Some(Change::Opened(n))),
+            PORT_OPEN => {
+                port.settled = true;
+                Ok(Some(Change::Opened(n)))
+            }
             _ => Err(format!("event {event} for port {id}")),
         }
     }
@@ -150,6 +158,11 @@ impl Control {
     /// Whether there is something to tell.
     pub fn has_message(&self) -> bool {
         self.ports.iter().any(|p| !p.due.is_empty())
+    }
+
+    /// Whether the guest has numbered all terminals that it will number.
+    pub fn are_terminals_settled(&self) -> bool {
+        self.ports.iter().filter(|p| p.console).all(|p| p.settled || p.removed)
     }
 
     /// The host's terminal has a new size.

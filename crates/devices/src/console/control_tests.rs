@@ -57,6 +57,25 @@ fn the_handshake_of_linux() {
     assert!(!c.has_message());
 }
 
+#[test]
+fn terminals_are_settled_when_each_is_open_or_failed_or_gone() {
+    let console = |name: &str| PortFacts { name: name.into(), console: true, connected: true };
+    let stream = PortFacts { name: "s".into(), console: false, connected: true };
+    let mut c = Control::new([console(""), stream, console("a"), console("b")], |_| None);
+    let _ = c.receive(bytes(ANY, DEVICE_READY, 1));
+    let steps = [(1, PORT_OPEN, 1), (0, PORT_READY, 1), (0, PORT_OPEN, 1), (2, PORT_READY, 0)];
+    for (id, event, value) in steps {
+        assert!(!c.are_terminals_settled());
+        let _ = c.receive(bytes(id, event, value));
+    }
+    assert!(!c.are_terminals_settled());
+    c.remove(3);
+    assert!(c.are_terminals_settled());
+    // Closed later is not unsettled.
+    let _ = c.receive(bytes(0, PORT_OPEN, 0));
+    assert!(c.are_terminals_settled());
+}
+
 fn ready() -> Control {
     let mut c = control();
     for id in 0..3 {

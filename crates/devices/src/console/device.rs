@@ -12,6 +12,7 @@ use rustix::event::{PollFd, PollFlags, poll};
 use super::control::{Change, Control, HEADER, PortFacts};
 use super::port::{News, Port, queues, tokens};
 use super::spec::{ConsoleError, ConsoleSpec, TerminalSize};
+use super::turn::{Numbered, Turn};
 use crate::sys::{Timer, signals};
 
 const F_SIZE: u32 = 0;
@@ -23,6 +24,8 @@ const CONTROL_TX: usize = 3;
 const WAKE: u64 = 0;
 /// Token of the timer.
 const RETRY: u64 = 1 << 16;
+/// Token of the wait for the device before.
+const TURN: u64 = RETRY + 1;
 /// Time after which terminals are looked at again: their size and mode, and whether one that was in the background
 /// can be read. A library cannot handle signals, and a shell tells a job that it is in the foreground only if it was
 /// stopped.
@@ -55,6 +58,9 @@ pub struct Console {
     timer: Option<Timer>,
     /// The timer is set and has not been heard of.
     timing: bool,
+    /// When to tell the driver of ports; `None`: at once.
+    turn: Option<Turn>,
+    numbered: Numbered,
     shared: Arc<Shared>,
 }
 
@@ -184,8 +190,21 @@ impl Console {
             told,
             timer: None,
             timing: false,
+            turn: None,
+            numbered: Numbered::default(),
             shared,
         })
+    }
+
+    /// Makes this device tell of its ports only when the terminals of another one have their numbers in the guest. A
+    /// driver that leaves those alone delays it by some seconds.
+    pub fn after(&mut self, turn: Turn) {
+        self.turn = Some(turn);
+    }
+
+    /// Whether the terminals of this device have their numbers.
+    pub fn numbered(&self) -> &Numbered {
+        &self.numbered
     }
 
     /// A handle to speak to the console while it runs.
@@ -295,7 +314,7 @@ impl Console {
 
     /// Tells the driver what it does not know yet, as far as it has buffers for it.
     fn tell(&mut self, cx: &mut Cx<'_>) -> Result<(), DeviceError> {
-        while self.multiport && self.control.has_message() {
+        while self.multiport && self.control.has_message() && self.has_turn()? {
             let Some(chain) = cx.pop(CONTROL_RX)? else { return Ok(()) };
             let mut out = chain.writer(cx.memory());
             if let Some(message) = self.control.next_message() {
@@ -310,8 +329,14 @@ impl Console {
         Ok(())
     }
 
+    fn has_turn(&mut self) -> Result<bool, DeviceError> {
+        let fail = |source| DeviceError::Host { what: "waiting for another console".into(), source };
+        self.turn.as_mut().map_or(Ok(true), Turn::has_come).map_err(fail)
+    }
+
     /// After every callback.
     fn finish(&mut self, cx: &mut Cx<'_>) -> Result<(), DeviceError> {
+        self.numbered.set(!self.multiport || self.control.are_terminals_settled());
         self.tell(cx)?;
         self.look_again_later(cx)
     }
@@ -408,8 +433,14 @@ impl VirtioDevice for Console {
         self.control = Control::new(self.facts.iter().cloned(), |id| shared.size(id));
         cx.watch(&self.shared.wake, WAKE, Interest::Read)
             .map_err(|source| DeviceError::Host { what: "watching the console's eventfd".into(), source })?;
+        if let Some(turn) = &mut self.turn {
+            turn.restart();
+            cx.watch(turn, TURN, Interest::Read)
+                .map_err(|source| DeviceError::Host { what: "watching a console's turn".into(), source })?;
+        }
         if !self.multiport {
-            // Without the control protocol port 0 is always open.
+            // Without the control protocol port 0 is always open, and has its number.
+            self.numbered.set(true);
             let news = self.ports[0].opened(cx)?;
             self.take(0, tokens(0).0, news, cx)?;
         }
@@ -440,6 +471,12 @@ impl VirtioDevice for Console {
                 }
                 self.timing = false;
                 self.retry(cx)?;
+            }
+            TURN => {
+                // What is to be told then is told after every callback.
+                if let Some(turn) = &mut self.turn {
+                    turn.look();
+                }
             }
             token => {
                 let id = (token as usize - 1) / 2;
@@ -476,6 +513,7 @@ impl VirtioDevice for Console {
             port.reset();
         }
         self.control = Control::new(self.facts.iter().cloned(), |_| None);
+        self.numbered.set(false);
         (self.more, self.more_control) = (0, false);
         // It is watched for the driver that is gone.
         (self.timer, self.timing) = (None, false);

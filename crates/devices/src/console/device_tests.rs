@@ -146,6 +146,9 @@ mod output;
 #[path = "terminal_tests.rs"]
 mod terminal;
 
+#[path = "turn_tests.rs"]
+mod turn;
+
 #[test]
 fn facts_and_configuration() {
     let (stdin, _w) = input("in");

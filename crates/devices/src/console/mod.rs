@@ -17,6 +17,8 @@
 //! - The end of input reaches a stream's reader after all data. A terminal has no end of input: when
 //!   the host's terminal hangs up, the guest's does.
 //! - An output that nobody takes any more ends the port: see [`PortSpec::output`].
+//! - Of several devices each tells of its ports when the terminals of the one before it have their numbers: see
+//!   [`Console::after`].
 
 mod control;
 mod device;
@@ -27,9 +29,11 @@ mod spec;
 mod stream;
 #[cfg(test)]
 pub(crate) mod test_util;
+mod turn;
 
 pub use device::{Console, ConsoleHandle};
 #[cfg(any(test, feature = "mock"))]
 #[doc(hidden)]
 pub use fuzz::fuzz_one;
 pub use spec::{ConsoleError, ConsoleSpec, MAX_NAME, MAX_PORTS, PortKind, PortSpec, TerminalSize};
+pub use turn::{Numbered, Turn};
