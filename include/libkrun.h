@@ -185,7 +185,7 @@ int32_t krun_add_virtio_console_default(uint32_t ctx_id, int input_fd, int outpu
 int32_t krun_add_serial_console_default(uint32_t ctx_id, int input_fd, int output_fd);
 
 /* An empty console device; returns its id for the two calls below. Within a device the guest numbers its terminals
- * (hvc0, hvc1) in the order of the calls; between devices the order is the guest's. */
+ * (hvc0, hvc1) in the order of the calls, and the devices in theirs, the implicit console first. */
 int32_t krun_add_virtio_console_multiport(uint32_t ctx_id);
 
 /* A terminal port; `name` may be NULL. This process's terminal is raw while it is in the foreground, and the guest follows

@@ -7,11 +7,12 @@ use std::sync::Arc;
 
 use krun_devices::balloon::{Balloon, BalloonHandle};
 use krun_devices::block::BlockHandle;
-use krun_devices::console::{ConsoleHandle, ConsoleSpec, MAX_PORTS, PortSpec};
+use krun_devices::console::{ConsoleHandle, ConsoleSpec, MAX_PORTS, Numbered, PortSpec};
 use krun_devices::fs::{self, ExitCode, FsSpec};
 use krun_devices::input;
 use krun_devices::rng::Rng;
 use krun_devices::tty::RawTerminal;
+use krun_devices::vhost_user::VhostUserHandle;
 use krun_machine::{SerialSpec, Spec};
 use krun_virtio::VirtioDevice;
 use krun_wire as wire;
@@ -27,6 +28,7 @@ pub struct Parts {
     pub exit_code: Arc<ExitCode>,
     pub control: Option<UnixStream>,
     pub consoles: Vec<ConsoleHandle>,
+    pub vhost_user: Vec<VhostUserHandle>,
     /// Terminals to put in raw mode while the VM runs.
     pub terminals: Vec<Arc<RawTerminal>>,
     pub balloon: Option<BalloonHandle>,
@@ -92,10 +94,18 @@ fn standard(
         let (input, output) = if n == 0 { (Some(fd), None) } else { (None, Some(fd)) };
         streams.push(PortSpec::stream(wire::STDIO_PORTS[n], input, output));
     }
-    ports.stdio = if session { wire::Stdio::Terminal { ports: mask } } else { wire::Stdio::Ports(mask) };
+    ports.stdio = match session {
+        // Its number depends on the devices before.
+        true => wire::Stdio::Terminal { number: 0, ports: mask },
+        false => wire::Stdio::Ports(mask),
+    };
     ports.list.push(console);
     ports.list.extend(streams);
     Ok(ports)
+}
+
+fn terminals(ports: &[PortSpec]) -> usize {
+    ports.iter().filter(|port| port.is_console()).count()
 }
 
 fn named(described: Vec<Port>) -> Result<Ports, Error> {
@@ -218,7 +228,7 @@ pub fn assemble(mut config: VmConfig) -> Result<Parts, Error> {
             .set_nonblocking(true)
             .map_err(|source| Error::Host { what: "set up the control socket", source })?;
     }
-    let Consoles { devices: console_devices, handles, terminals, stdio, log } =
+    let Consoles { devices: console_devices, handles, terminals, stdio, log, numbered } =
         consoles(&mut config, guest_end)?;
     let exit_code = Arc::new(ExitCode::default());
     let mut devices: Vec<Box<dyn VirtioDevice>> = Vec::new();
@@ -251,7 +261,9 @@ pub fn assemble(mut config: VmConfig) -> Result<Parts, Error> {
         devices.push(Box::new(vsock.device()?));
     }
     let shared_memory = !config.vhost_user.is_empty();
-    devices.extend(vhost_user::devices(&mut config)?);
+    let (elsewhere, vhost_user): (Vec<_>, Vec<_>) =
+        vhost_user::devices(&mut config, numbered.as_ref())?.into_iter().unzip();
+    devices.extend(elsewhere);
     let mut balloon = None;
     if config.balloon {
         let fail = |source| Error::Host { what: "create the memory balloon", source };
@@ -272,7 +284,8 @@ pub fn assemble(mut config: VmConfig) -> Result<Parts, Error> {
         shared_memory,
         ..Spec::default()
     };
-    Ok(Parts { spec, devices, exit_code, control: host_end, consoles: handles, terminals, balloon, disks })
+    let (control, consoles) = (host_end, handles);
+    Ok(Parts { spec, devices, exit_code, control, consoles, vhost_user, terminals, balloon, disks })
 }
 
 #[derive(Default)]
@@ -283,10 +296,12 @@ struct Consoles {
     stdio: wire::Stdio,
     /// Number of the console (`hvcN`) that takes the kernel's messages, if they have their own.
     log: Option<usize>,
+    /// Of the last device with terminals.
+    numbered: Option<Numbered>,
 }
 
 /// The console devices. One of them also carries the control port, and one the kernel's messages. The guest numbers
-/// its consoles as it finds them, in one device in the order of its ports.
+/// its terminals in the order of the devices and their ports.
 fn consoles(config: &mut VmConfig, mut control: Option<UnixStream>) -> Result<Consoles, Error> {
     let mut list = std::mem::take(&mut config.consoles);
     let mut log = config.kernel_log.take();
@@ -308,10 +323,14 @@ fn consoles(config: &mut VmConfig, mut control: Option<UnixStream>) -> Result<Co
             Console::Ports(described) => named(described)?,
         };
         if has_room && let Some(output) = log.take() {
-            all.log = Some(before + ports.list.iter().filter(|port| port.is_console()).count());
+            all.log = Some(before + terminals(&ports.list));
             ports.list.push(PortSpec::console(None, Some(output), None));
         }
-        before += ports.list.iter().filter(|port| port.is_console()).count();
+        if let wire::Stdio::Terminal { number, .. } = &mut ports.stdio {
+            *number = u32::try_from(before).unwrap_or(u32::MAX);
+        }
+        let count = terminals(&ports.list);
+        before += count;
         if has_room && let Some(stream) = control.take() {
             let port = PortSpec::duplex(wire::CONTROL_PORT, stream.into())
                 .map_err(|source| Error::Host { what: "duplicate the control socket", source })?;
@@ -322,7 +341,13 @@ fn consoles(config: &mut VmConfig, mut control: Option<UnixStream>) -> Result<Co
         if !matches!(ports.stdio, wire::Stdio::Console) {
             stdio.get_or_insert(ports.stdio);
         }
-        let device = krun_devices::console::Console::new(ConsoleSpec { ports: ports.list })?;
+        let mut device = krun_devices::console::Console::new(ConsoleSpec { ports: ports.list })?;
+        if count > 0
+            && let Some(turn) = all.numbered.replace(device.numbered().clone())
+        {
+            let fail = |source| Error::Host { what: "create a timer", source };
+            device.after(turn.next().map_err(fail)?);
+        }
         all.handles.push(device.handle());
         all.terminals.extend(ports.terminals);
         all.devices.push(Box::new(device));
@@ -369,6 +394,25 @@ mod tests {
             VmConfig { consoles: vec![console(33)], command: Command::new("x"), ..VmConfig::default() };
         let text = assemble(config).err().unwrap().to_string();
         assert!(text.contains("1 to 32 ports, not 33"), "{text}");
+    }
+
+    #[test]
+    fn the_workload_s_terminal_has_the_number_of_its_place() {
+        let tty =
+            || OwnedFd::from(std::fs::File::options().read(true).write(true).open("/dev/ptmx").unwrap());
+        let terminal = || Port::Terminal { name: String::new(), tty: tty() };
+        let stream = Port::Stream { name: "s".into(), input: None, output: None };
+        let streams = || Some(tty());
+        let own = Console::Standard { input: streams(), output: streams(), error: None };
+        let consoles =
+            vec![Console::Ports(vec![terminal(), stream, terminal()]), own, Console::Ports(vec![terminal()])];
+        let mut config = VmConfig { consoles, ..VmConfig::default() };
+        let all = super::consoles(&mut config, None).unwrap();
+        assert_eq!(all.stdio, wire::Stdio::Terminal { number: 2, ports: 0 });
+        assert!(all.numbered.is_some());
+        config.consoles =
+            vec![Console::Ports(vec![Port::Stream { name: "s".into(), input: None, output: None }])];
+        assert!(super::consoles(&mut config, None).unwrap().numbered.is_none());
     }
 
     #[test]

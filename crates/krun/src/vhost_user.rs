@@ -1,14 +1,26 @@
 //! Devices whose other half is another process.
 
-use krun_devices::vhost_user::VhostUser as Device;
+use krun_devices::console::Numbered;
+use krun_devices::vhost_user::{VhostUser as Device, VhostUserHandle};
 use krun_virtio::VirtioDevice;
 
 pub use krun_devices::vhost_user::{DeviceKind, VhostUserError, VhostUserSpec as VhostUser};
 
 use crate::{Error, VmConfig};
 
-/// Connects to all back ends, in order.
-pub(crate) fn devices(config: &mut VmConfig) -> Result<Vec<Box<dyn VirtioDevice>>, Error> {
-    let device = |spec| -> Result<Box<dyn VirtioDevice>, Error> { Ok(Box::new(Device::new(spec)?)) };
+/// A device and what speaks to it.
+pub(crate) type Made = (Box<dyn VirtioDevice>, VhostUserHandle);
+
+/// Connects to all back ends, in order. Their terminals get their numbers after those of `consoles`.
+pub(crate) fn devices(config: &mut VmConfig, consoles: Option<&Numbered>) -> Result<Vec<Made>, Error> {
+    let device = |spec: VhostUser| -> Result<Made, Error> {
+        let kind = spec.kind;
+        let mut device = Device::new(spec)?;
+        if let Some(before) = consoles.filter(|_| kind == DeviceKind::CONSOLE) {
+            device.after(before.next().map_err(|source| Error::Host { what: "create a timer", source })?);
+        }
+        let handle = device.handle();
+        Ok((Box::new(device), handle))
+    };
     config.vhost_user.drain(..).map(device).collect()
 }

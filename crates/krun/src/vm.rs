@@ -41,6 +41,7 @@ pub struct Vm {
     exit_code: Arc<ExitCode>,
     control: Option<Mutex<UnixStream>>,
     consoles: Vec<krun_devices::console::ConsoleHandle>,
+    vhost_user: Vec<krun_devices::vhost_user::VhostUserHandle>,
     pub(crate) balloon: Option<BalloonHandle>,
     pub(crate) disks: Vec<BlockHandle>,
     terminals: Vec<Arc<RawTerminal>>,
@@ -53,7 +54,7 @@ impl Vm {
     /// # Errors
     /// What cannot work, with the value that is wrong and what would work; nothing is left behind.
     pub fn start(config: VmConfig) -> Result<Self, Error> {
-        let Parts { spec, devices, exit_code, control, consoles, terminals, balloon, disks } =
+        let Parts { spec, devices, exit_code, control, consoles, vhost_user, terminals, balloon, disks } =
             assemble(config)?;
         let running = Machine::start(spec, devices)?;
         let vm = Self {
@@ -61,6 +62,7 @@ impl Vm {
             exit_code,
             control: control.map(Mutex::new),
             consoles,
+            vhost_user,
             balloon,
             disks,
             terminals,
@@ -154,6 +156,9 @@ impl Vm {
         self.running.kill();
         for console in &self.consoles {
             console.abandon();
+        }
+        for device in &self.vhost_user {
+            device.abandon();
         }
     }
 

@@ -23,7 +23,7 @@ pub const STDIO_PORTS: [&str; 3] = ["krun-stdin", "krun-stdout", "krun-stderr"];
 /// FUSE ioctl (on any file of the root share, the status in its argument) that reports the exit status.
 pub const EXIT_CODE_IOCTL: u32 = 0x7602;
 /// First bytes of an encoded [`InitConfig`]; the last byte is the format's version.
-pub const CONFIG_MAGIC: [u8; 8] = *b"krunini\x01";
+pub const CONFIG_MAGIC: [u8; 8] = *b"krunini\x02";
 
 /// Exit status when init could not set the guest up.
 pub const EXIT_SETUP: i32 = 125;
@@ -96,8 +96,10 @@ pub enum Stdio {
     /// What the kernel gave init: `/dev/console`, as the controlling terminal.
     #[default]
     Console,
-    /// A terminal: `/dev/hvc0` becomes the controlling terminal of the command's session.
+    /// A terminal becomes the controlling one of the command's session.
     Terminal {
+        /// Its number: n in `/dev/hvcN`.
+        number: u32,
         /// Bit n set: stream n has a port of [`STDIO_PORTS`] and does not use the terminal.
         ports: u8,
     },
@@ -219,7 +221,7 @@ mod tests {
     #[test]
     fn other_versions_and_damage_are_told_apart() {
         let mut bytes = InitConfig::default().encode();
-        assert_eq!(InitConfig::decode(b"krunini\x02"), Err(Error::Magic));
+        assert_eq!(InitConfig::decode(b"krunini\x01"), Err(Error::Magic));
         bytes.pop();
         assert!(matches!(InitConfig::decode(&bytes), Err(Error::Decode(_))));
     }

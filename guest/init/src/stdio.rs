@@ -13,8 +13,6 @@ use crate::ports;
 use crate::relay::{Backoff, Input, Output, Patience};
 use crate::sys::standard_stream;
 
-/// The terminal of `Stdio::Terminal`.
-const TERMINAL: &str = "/dev/hvc0";
 /// How long a port may look closed when it is not known how the host announces ports.
 const GRACE: Duration = Duration::from_millis(50);
 /// How long the terminal may take to appear.
@@ -24,7 +22,8 @@ const PATIENCE: Duration = Duration::from_secs(5);
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Rest {
     Console,
-    Terminal,
+    /// `/dev/hvcN`.
+    Terminal(u32),
     Null,
 }
 
@@ -43,7 +42,7 @@ impl Plan {
     pub fn given(stdio: Stdio) -> Self {
         let (rest, ports) = match stdio {
             Stdio::Console => (Rest::Console, 0),
-            Stdio::Terminal { ports } => (Rest::Terminal, ports),
+            Stdio::Terminal { number, ports } => (Rest::Terminal(number), ports),
             Stdio::Ports(ports) => (Rest::Null, ports),
         };
         Self { rest, ports, grace: Duration::ZERO }
@@ -63,8 +62,10 @@ impl Plan {
         let line = format!("krun: {text}\n");
         let written = if self.has_port(2) {
             say_to_port(line.as_bytes())
-        } else if self.rest == Rest::Terminal {
-            terminal(Duration::from_millis(100)).and_then(|fd| write_all(&fd, line.as_bytes())).is_ok()
+        } else if let Rest::Terminal(number) = self.rest {
+            terminal(number, Duration::from_millis(100))
+                .and_then(|fd| write_all(&fd, line.as_bytes()))
+                .is_ok()
         } else {
             false
         };
@@ -118,10 +119,11 @@ fn write_all(fd: &impl AsFd, mut bytes: &[u8]) -> Result<(), Errno> {
     Ok(())
 }
 
-fn terminal(patience: Duration) -> Result<OwnedFd, Errno> {
+fn terminal(number: u32, patience: Duration) -> Result<OwnedFd, Errno> {
+    let path = format!("/dev/hvc{number}");
     let mut backoff = Backoff::new(Duration::ZERO, patience);
     loop {
-        match rustix::fs::open(TERMINAL, OFlags::RDWR | OFlags::NOCTTY | OFlags::CLOEXEC, Mode::empty()) {
+        match rustix::fs::open(&path, OFlags::RDWR | OFlags::NOCTTY | OFlags::CLOEXEC, Mode::empty()) {
             // The device file may be there before there is a console behind it.
             Err(Errno::NOENT | Errno::NODEV | Errno::NXIO) if backoff.again() => pause_until(backoff.due()),
             other => return other,
@@ -167,8 +169,8 @@ impl Streams {
         let has_rest = (0..3).any(|stream| !plan.has_port(stream));
         let rest = match plan.rest {
             Rest::Console => None,
-            Rest::Terminal => {
-                let fd = terminal(PATIENCE).map_err(|e| fail(TERMINAL, e))?;
+            Rest::Terminal(number) => {
+                let fd = terminal(number, PATIENCE).map_err(|e| fail(&format!("hvc{number}"), e))?;
                 Some(streams.own_terminal.insert(fd).as_raw_fd())
             }
             Rest::Null if has_rest => {

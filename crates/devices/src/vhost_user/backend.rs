@@ -4,7 +4,9 @@
 use std::path::Path;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::time::Instant;
 
+use krun_event::Wake;
 use krun_virtio::{ConfigSpace, feature, mmio::CONFIG_MAX};
 
 use super::channel::ChannelError;
@@ -31,10 +33,14 @@ pub struct BackEnd {
     spec: VhostUserSpec,
     session: Mutex<Option<Session>>,
     config: Mutex<Vec<u8>>,
+    /// What the driver has selected in the configuration of an input device. What a back end answers need not say it.
+    selected: Mutex<[u8; 2]>,
     /// Whether the configuration is the back end's, and not ours.
     remote: bool,
     /// The device runs: a lost connection is its worker's to make again.
     running: AtomicBool,
+    /// Set when the machine is killed: nothing is waited for any more.
+    cancel: Wake,
     /// Offered to the guest.
     pub features: u64,
     /// Queues that the guest sees.
@@ -52,7 +58,8 @@ impl BackEnd {
     /// Connects and asks for all that a device needs to be described.
     pub fn new(spec: VhostUserSpec) -> Result<Self, VhostUserError> {
         spec.validate()?;
-        let mut session = open(&spec)?;
+        let cancel = Wake::new().map_err(|source| connect(&spec, source))?;
+        let mut session = open(&spec, Instant::now() + spec.timeout, &cancel)?;
         let mut features = session.features & FOR_GUESTS;
         if features & 1 << feature::VERSION_1 == 0 {
             return Err(lacks(&spec.path, "does not offer virtio 1.0"));
@@ -69,8 +76,10 @@ impl BackEnd {
             spec,
             session: Mutex::new(Some(session)),
             config: Mutex::new(config),
+            selected: Mutex::default(),
             remote,
             running: AtomicBool::new(false),
+            cancel,
             features,
             queues,
             served,
@@ -79,6 +88,16 @@ impl BackEnd {
 
     pub fn spec(&self) -> &VhostUserSpec {
         &self.spec
+    }
+
+    /// What to set when the machine is killed.
+    pub fn cancel(&self) -> &Wake {
+        &self.cancel
+    }
+
+    /// When all that is asked from now on must be answered.
+    pub fn deadline(&self) -> Instant {
+        Instant::now() + self.spec.timeout
     }
 
     /// The connection; `None` when it was lost.
@@ -91,13 +110,14 @@ impl BackEnd {
         self.running.store(running, Ordering::SeqCst);
     }
 
-    /// The connection, made again if it was lost.
+    /// The connection, made again if it was lost. That and what is asked next have one deadline.
     pub fn connected<'a>(&self, session: &'a mut Option<Session>) -> Result<&'a mut Session, VhostUserError> {
+        let deadline = self.deadline();
         if session.as_ref().is_some_and(|s| !s.channel.is_quiet()) {
             *session = None;
         }
         if session.is_none() {
-            let mut new = open(&self.spec)?;
+            let mut new = open(&self.spec, deadline, &self.cancel)?;
             let missing = self.features & !new.features;
             if missing != 0 || self.remote && !new.protocol.contains(Protocol::CONFIG) {
                 return Err(lacks(&self.spec.path, &format!("has changed: features {missing:#x} are gone")));
@@ -110,7 +130,7 @@ impl BackEnd {
         }
         let lost = || lacks(&self.spec.path, "is gone");
         let session = session.as_mut().ok_or_else(lost)?;
-        session.channel.allow(self.spec.timeout);
+        session.channel.allow_until(deadline);
         Ok(session)
     }
 
@@ -125,16 +145,36 @@ impl BackEnd {
         Ok(())
     }
 
+    /// A driver's write as the back end is told of it. Those of input devices want to know all that is selected at
+    /// once, while a driver writes it byte by byte.
+    fn as_written(&self, offset: usize, data: &[u8]) -> (usize, Vec<u8>) {
+        if self.spec.kind != DeviceKind::INPUT {
+            return (offset, data.to_vec());
+        }
+        let (mut config, mut selected) = (lock(&self.config).clone(), lock(&self.selected));
+        for (to, from) in config.iter_mut().zip(*selected) {
+            *to = from;
+        }
+        for (to, from) in config.iter_mut().skip(offset).zip(data) {
+            *to = *from;
+        }
+        for (to, from) in selected.iter_mut().zip(&config) {
+            *to = *from;
+        }
+        (0, config)
+    }
+
     fn write_config(&self, offset: u64, data: &[u8]) -> Result<(), VhostUserError> {
         let mut guard = self.session();
         let session = if self.running.load(Ordering::SeqCst) {
             let Some(session) = guard.as_mut() else { return Ok(()) };
-            session.channel.allow(self.spec.timeout);
+            session.channel.allow_until(self.deadline());
             session
         } else {
             self.connected(&mut guard)?
         };
-        let done = session.set_config(offset as u32, data).and_then(|()| self.refresh(session));
+        let (offset, data) = self.as_written(offset as usize, data);
+        let done = session.set_config(offset as u32, &data).and_then(|()| self.refresh(session));
         done.map_err(|source| back_end(&self.spec.path, source))
     }
 }
@@ -169,9 +209,12 @@ fn back_end(path: &Path, source: ChannelError) -> VhostUserError {
     VhostUserError::BackEnd { path: path.to_owned(), source }
 }
 
-fn open(spec: &VhostUserSpec) -> Result<Session, VhostUserError> {
-    let connect = |source| VhostUserError::Connect { path: spec.path.clone(), source };
-    let session = Session::open(&spec.path, spec.timeout).map_err(connect)?;
+fn connect(spec: &VhostUserSpec, source: std::io::Error) -> VhostUserError {
+    VhostUserError::Connect { path: spec.path.clone(), source }
+}
+
+fn open(spec: &VhostUserSpec, deadline: Instant, cancel: &Wake) -> Result<Session, VhostUserError> {
+    let session = Session::open(&spec.path, deadline, cancel.clone()).map_err(|e| connect(spec, e))?;
     session.map_err(|source| back_end(&spec.path, source))
 }
 

@@ -6,6 +6,7 @@ use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::path::Path;
 use std::time::{Duration, Instant};
 
+use krun_event::Wake;
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::io::Errno;
 use rustix::net::{
@@ -22,6 +23,12 @@ pub enum ChannelError {
     /// No answer in time.
     #[error("{request:?}: no answer in time")]
     Timeout {
+        /// What was asked.
+        request: Request,
+    },
+    /// The machine was killed meanwhile.
+    #[error("{request:?}: the machine is killed, so its answer is not waited for")]
+    Cancelled {
         /// What was asked.
         request: Request,
     },
@@ -69,40 +76,41 @@ pub struct Channel {
     socket: OwnedFd,
     /// When all that is asked now must be answered.
     deadline: Instant,
+    /// Set when no answer matters any more. Never cleared.
+    cancel: Wake,
     /// Both sides know [`super::message::Protocol::REPLY_ACK`].
     pub acknowledges: bool,
     broken: bool,
 }
 
 impl Channel {
-    /// Connects to the back end at `path`; that, too, must not take longer than `time`.
-    pub fn connect(path: &Path, time: Duration) -> io::Result<Self> {
+    /// Connects to the back end at `path`; that, too, must be done by `deadline`.
+    pub fn connect(path: &Path, deadline: Instant, cancel: Wake) -> io::Result<Self> {
         let address = SocketAddrUnix::new(path)?;
         let flags = SocketFlags::CLOEXEC | SocketFlags::NONBLOCK;
         let socket = socket_with(AddressFamily::UNIX, SocketType::STREAM, flags, None)?;
-        let deadline = Instant::now() + time;
         loop {
             match connect(&socket, &address) {
                 Ok(()) => break,
                 Err(Errno::INTR) => {}
                 // Others wait for it already.
-                Err(Errno::AGAIN) if Instant::now() < deadline => {
+                Err(Errno::AGAIN) if Instant::now() < deadline && !is_set(&cancel) => {
                     std::thread::sleep(Duration::from_millis(10));
                 }
                 Err(e) => return Err(e.into()),
             }
         }
-        Ok(Self::new(socket, time))
+        Ok(Self::new(socket, deadline, cancel))
     }
 
     /// On a socket that does not block.
-    pub fn new(socket: OwnedFd, time: Duration) -> Self {
-        Self { socket, deadline: Instant::now() + time, acknowledges: false, broken: false }
+    pub fn new(socket: OwnedFd, deadline: Instant, cancel: Wake) -> Self {
+        Self { socket, deadline, cancel, acknowledges: false, broken: false }
     }
 
-    /// What is asked from now on has `time`, all together.
-    pub fn allow(&mut self, time: Duration) {
-        self.deadline = Instant::now() + time;
+    /// What is asked from now on must be answered by then.
+    pub fn allow_until(&mut self, deadline: Instant) {
+        self.deadline = deadline;
     }
 
     /// Whether the back end is there, as far as can be seen without asking: it has not closed the connection, and said
@@ -114,6 +122,11 @@ impl Channel {
                 recv(&self.socket, &mut byte, RecvFlags::PEEK | RecvFlags::DONTWAIT),
                 Err(Errno::AGAIN)
             )
+    }
+
+    /// Whether the back end is there and the machine was not killed.
+    pub fn is_wanted(&self) -> bool {
+        self.is_quiet() && !is_set(&self.cancel)
     }
 
     /// Asks something that has no answer of its own. Returns once the back end has done it, if it acknowledges.
@@ -293,11 +306,18 @@ impl Channel {
             tv_sec: left.as_secs().try_into().unwrap_or(i64::MAX),
             tv_nsec: left.subsec_nanos().into(),
         };
-        match poll(&mut [PollFd::new(&self.socket, events)], Some(&time)) {
+        let mut fds = [PollFd::new(&self.socket, events), PollFd::new(&self.cancel, PollFlags::IN)];
+        match poll(&mut fds, Some(&time)) {
+            Ok(_) if !fds[1].revents().is_empty() => Err(ChannelError::Cancelled { request }),
             Ok(_) | Err(Errno::INTR) => Ok(()),
             Err(e) => Err(ChannelError::Host { request, source: e.into() }),
         }
     }
+}
+
+fn is_set(wake: &Wake) -> bool {
+    let mut fds = [PollFd::new(wake, PollFlags::IN)];
+    poll(&mut fds, Some(&Timespec::default())).is_ok_and(|n| n > 0)
 }
 
 fn length(request: Request, len: usize, wanted: usize) -> ChannelError {

@@ -14,6 +14,7 @@ use super::message::{Protocol, REGIONS_MAX, Region};
 use super::requests::Asked;
 use super::session::{Inflight, Ring, Session, Setup};
 use super::spec::{VhostUserError, VhostUserSpec};
+use crate::console::Turn;
 use crate::sys::Timer;
 
 /// The connection: it must say nothing while nothing is asked.
@@ -26,6 +27,8 @@ const CALL: u64 = 2;
 const BROKEN_RING: u64 = 3;
 /// It is time to look whether the back end is back.
 const RETRY: u64 = 4;
+/// It is time to look whether the guest may hear of this device.
+const TURN: u64 = 5;
 
 /// Time between two attempts to find the back end again.
 const RETRY_AFTER: Duration = Duration::from_millis(250);
@@ -39,7 +42,22 @@ const ASKED_AT_ONCE: usize = 16;
 pub struct VhostUser {
     info: DeviceInfo,
     back_end: Arc<BackEnd>,
+    /// When the guest may hear of what the back end has used; `None`: at once.
+    turn: Option<Turn>,
     running: Option<Running>,
+}
+
+/// Speaks to a device from any thread while the VM runs.
+#[derive(Debug, Clone)]
+pub struct VhostUserHandle {
+    cancel: Wake,
+}
+
+impl VhostUserHandle {
+    /// Ends every wait for the back end, for good: the VM is killed.
+    pub fn abandon(&self) {
+        self.cancel.wake();
+    }
 }
 
 /// What a running device needs.
@@ -48,6 +66,8 @@ struct Running {
     /// Queues handed over.
     queues: Vec<u32>,
     call: Wake,
+    /// The guest is still to be told that it was set.
+    called: bool,
     broken_ring: Wake,
     /// Lets a back end that was started again go on where the one before was.
     inflight: Option<Inflight>,
@@ -69,7 +89,18 @@ impl VhostUser {
             queue_sizes: (0..back_end.queues.into()).map(|queue| spec.queue_size(queue)).collect(),
             shm: Vec::new(),
         };
-        Ok(Self { info, back_end: Arc::new(back_end), running: None })
+        Ok(Self { info, back_end: Arc::new(back_end), turn: None, running: None })
+    }
+
+    /// A handle to speak to the device while it runs.
+    pub fn handle(&self) -> VhostUserHandle {
+        VhostUserHandle { cancel: self.back_end.cancel().clone() }
+    }
+
+    /// Keeps the back end's interrupts from the guest until the terminals of another device have their numbers there:
+    /// for a console, whose messages only it and the driver see. Its interrupts then go through this process.
+    pub fn after(&mut self, turn: Turn) {
+        self.turn = Some(turn);
     }
 
     fn error(&self, source: impl std::error::Error + Send + Sync + 'static) -> DeviceError {
@@ -152,6 +183,18 @@ impl VhostUser {
         }
     }
 
+    /// Tells the guest that the back end has used buffers, if it has and the guest may know.
+    fn on_call(&mut self, cx: &Cx<'_>) -> Result<(), DeviceError> {
+        let host = self.host();
+        let Some(running) = &mut self.running else { return Ok(()) };
+        running.called |= running.call.take_shared();
+        if running.called && self.turn.as_mut().map_or(Ok(true), Turn::has_come).map_err(host)? {
+            running.called = false;
+            cx.interrupt().used();
+        }
+        Ok(())
+    }
+
     fn on_connection(&mut self, cx: &mut Cx<'_>) -> Result<(), DeviceError> {
         // With the lock held nothing is being asked, so nothing can be on its way.
         let quiet = self.back_end.session().as_ref().is_none_or(|s| s.channel.is_quiet());
@@ -186,7 +229,7 @@ impl VhostUser {
         if !changed {
             return Ok(());
         }
-        session.channel.allow(back_end.spec().timeout);
+        session.channel.allow_until(back_end.deadline());
         let refreshed = back_end.refresh(session);
         drop(guard);
         match refreshed {
@@ -303,7 +346,11 @@ impl VirtioDevice for VhostUser {
         let (broken_ring, retry) = (Wake::new().map_err(&host)?, Timer::new().map_err(&host)?);
         cx.watch(&broken_ring, BROKEN_RING, Interest::Read).map_err(&host)?;
         cx.watch(&retry, RETRY, Interest::Read).map_err(&host)?;
-        let call = match cx.interrupt().direct() {
+        if let Some(turn) = &mut self.turn {
+            turn.restart();
+            cx.watch(turn, TURN, Interest::Read).map_err(&host)?;
+        }
+        let call = match cx.interrupt().direct().filter(|_| self.turn.is_none()) {
             Some(line) => line.clone(),
             None => {
                 let call = Wake::new().map_err(&host)?;
@@ -312,7 +359,8 @@ impl VirtioDevice for VhostUser {
             }
         };
         self.back_end.set_running(true);
-        self.running = Some(Running { queues: Vec::new(), call, broken_ring, inflight: None, retry });
+        let queues = Vec::new();
+        self.running = Some(Running { queues, call, called: false, broken_ring, inflight: None, retry });
         self.hand_over(cx, false).map_err(|e| self.failed(e))
     }
 
@@ -326,12 +374,13 @@ impl VirtioDevice for VhostUser {
             REQUESTS => self.on_requests(cx),
             RETRY => self.retry(cx),
             BROKEN_RING => Err(DeviceError::Driver("the back end has given a queue up".into())),
-            _ => {
-                if self.running.as_ref().is_some_and(|r| r.call.take_shared()) {
-                    cx.interrupt().used();
+            TURN => {
+                if let Some(turn) = &mut self.turn {
+                    turn.look();
                 }
-                Ok(())
+                self.on_call(cx)
             }
+            _ => self.on_call(cx),
         }
     }
 
@@ -340,7 +389,7 @@ impl VirtioDevice for VhostUser {
         for &queue in self.back_end.spec().kind.outputs() {
             let served = self.running.as_ref().is_some_and(|r| r.queues.contains(&(queue as u32)));
             while served && cx.outstanding(queue)? > 0 {
-                let there = self.back_end.session().as_ref().is_some_and(|s| s.channel.is_quiet());
+                let there = self.back_end.session().as_ref().is_some_and(|s| s.channel.is_wanted());
                 if !there || Instant::now() >= end {
                     return Ok(());
                 }
@@ -354,7 +403,7 @@ impl VirtioDevice for VhostUser {
         let Some(running) = self.running.take() else { return };
         let mut guard = self.back_end.session();
         if let Some(session) = guard.as_mut() {
-            session.channel.allow(self.back_end.spec().timeout);
+            session.channel.allow_until(self.back_end.deadline());
             if let Err(e) = session.stop(&running.queues) {
                 tracing::warn!(device = self.info.name, "cannot stop the back end: {e}");
                 *guard = None;

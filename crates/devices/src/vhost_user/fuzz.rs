@@ -3,7 +3,7 @@
 use std::io::Write;
 use std::net::Shutdown;
 use std::os::unix::net::UnixStream;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use krun_event::Wake;
 use krun_virtio::QueueAddresses;
@@ -69,7 +69,7 @@ pub fn fuzz_back_end(data: &[u8]) {
 fn converse(bytes: &[u8]) -> std::io::Result<()> {
     // The other end is kept: what it is told goes nowhere, and is no error.
     let (ours, _theirs) = said(bytes)?;
-    let channel = Channel::new(ours.into(), Duration::from_secs(1));
+    let channel = Channel::new(ours.into(), Instant::now() + Duration::from_secs(1), Wake::new()?);
     let Ok(mut session) = Session::negotiate(channel) else { return Ok(()) };
     if let Ok(config) = session.config(12) {
         assert_eq!(config.len(), 12);

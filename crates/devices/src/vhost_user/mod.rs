@@ -20,7 +20,7 @@ mod spec;
 mod tests;
 
 pub use channel::ChannelError;
-pub use device::VhostUser;
+pub use device::{VhostUser, VhostUserHandle};
 #[cfg(any(test, feature = "mock"))]
 #[doc(hidden)]
 pub use fuzz::fuzz_back_end;

@@ -3,7 +3,7 @@
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::path::Path;
-use std::time::Duration;
+use std::time::Instant;
 
 use krun_event::Wake;
 use krun_virtio::QueueAddresses;
@@ -60,9 +60,9 @@ pub struct Setup<'a> {
 }
 
 impl Session {
-    /// Connects to the back end at `path` and agrees on what both know, within `time`.
-    pub fn open(path: &Path, time: Duration) -> io::Result<Result<Self, ChannelError>> {
-        Ok(Self::negotiate(Channel::connect(path, time)?))
+    /// Connects to the back end at `path` and agrees on what both know, by `deadline`, unless `cancel` is set.
+    pub fn open(path: &Path, deadline: Instant, cancel: Wake) -> io::Result<Result<Self, ChannelError>> {
+        Ok(Self::negotiate(Channel::connect(path, deadline, cancel)?))
     }
 
     pub fn negotiate(mut channel: Channel) -> Result<Self, ChannelError> {

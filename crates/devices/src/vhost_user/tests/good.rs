@@ -7,6 +7,7 @@ use krun_virtio::{DeviceError, VirtioDevice};
 
 use super::peer::{Options, Peer, VERSION_1, until};
 use super::{WAIT, echo, needs_reset, spec, wait_for_reset_wish};
+use crate::console::Numbered;
 use crate::vhost_user::device::shared_memory;
 use crate::vhost_user::message::{F_PROTOCOL_FEATURES, Flags, Protocol, Request};
 use crate::vhost_user::{DeviceKind, VhostUser, VhostUserSpec};
@@ -125,6 +126,51 @@ fn the_configuration_is_written_and_read_at_once() {
         // Nothing past the end gets there.
         driver.transport().write(reg::CONFIG + 10, &[0; 4]);
         assert_eq!(config(&driver)[10..], [11, 12]);
+    }
+}
+
+/// As a driver selects part of an input device's configuration, byte by byte, and a back end that keeps both bytes
+/// only when they come together is told.
+#[test]
+fn what_is_selected_of_an_input_device_is_told_as_a_whole() {
+    let peer = Peer::new(Options { config: vec![7; 136], ..Options::default() });
+    let device = VhostUser::new(VhostUserSpec::new(DeviceKind::INPUT, peer.path())).unwrap();
+    let driver = MmioDriver::new(device);
+    let told = || peer.seen.config.lock().unwrap().clone();
+    for (at, byte, selected) in [(0, 0x11, [0x11, 0]), (1, 3, [0x11, 3]), (1, 4, [0x11, 4]), (0, 1, [1, 4])] {
+        driver.transport().write(reg::CONFIG + at, &[byte]);
+        assert_eq!((&told()[..2], told()[2..] == [7; 134]), (&selected[..], true));
+        // What it answers need not say what was selected.
+        peer.seen.config.lock().unwrap()[..2].fill(0);
+        driver.transport().write(reg::CONFIG + 2, &[7]);
+        peer.seen.config.lock().unwrap()[..2].fill(0);
+    }
+    let sets = peer.requests().iter().filter(|r| **r == Request::SetConfig as u32).count();
+    assert_eq!(sets, 8);
+}
+
+/// A console's interrupts wait for the terminals of the device before, and are not lost.
+#[test]
+fn a_console_waits_for_its_turn() {
+    for given in [true, false] {
+        let peer = Peer::new(Options::default());
+        let before = Numbered::default();
+        let mut device = VhostUser::new(spec(&peer)).unwrap();
+        device.after(before.next().unwrap());
+        let mut driver = MmioDriver::direct(device);
+        driver.start(u64::MAX);
+        assert!(driver.add(1, &[b"x"], &[1]));
+        driver.kick(1);
+        // It is done, and the driver is not told.
+        until("it is done", || driver.wait_used(1, Duration::ZERO).is_some_and(|used| used.data == b"x"));
+        assert!(!driver.wait_interrupt(Duration::from_millis(50)));
+        before.set(given);
+        // Without a turn it does not wait for ever.
+        assert!(driver.wait_interrupt(WAIT));
+        // From now on it is told at once.
+        assert!(driver.add(1, &[b"y"], &[1]));
+        driver.kick(1);
+        assert!(driver.wait_interrupt(WAIT));
     }
 }
 

@@ -179,6 +179,33 @@ fn a_socket_without_a_back_end_is_not_waited_for() {
     drop(listener);
 }
 
+/// However long answers may take: with the machine they are of no use.
+#[test]
+fn a_kill_ends_every_wait() {
+    let hour = Duration::from_secs(3600);
+    for request in [Request::SetMemTable, Request::SetVringEnable, Request::GetVringBase, Request::SetConfig]
+    {
+        let peer = with_fault(request, Fault::Silence);
+        let device = VhostUser::new(VhostUserSpec { timeout: hour, ..spec(&peer) }).unwrap();
+        let handle = device.handle();
+        let (done, returned) = std::sync::mpsc::channel();
+        // On a thread of its own, for it waits.
+        let thread = std::thread::spawn(move || {
+            let mut driver = MmioDriver::direct(device);
+            driver.start(u64::MAX);
+            driver.transport().write(reg::CONFIG, &[1]);
+            driver.reset();
+            done.send(()).unwrap();
+        });
+        let asked = || peer.seen.requests.lock().unwrap().contains(&(request as u32));
+        until(&format!("{request:?} is asked"), asked);
+        assert!(returned.try_recv().is_err());
+        handle.abandon();
+        assert_eq!(returned.recv_timeout(WAIT), Ok(()), "{request:?}");
+        thread.join().unwrap();
+    }
+}
+
 /// Neither the device's thread nor the vCPU waits for it.
 #[test]
 fn the_flags_of_a_descriptor_may_be_changed() {

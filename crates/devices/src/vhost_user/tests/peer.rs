@@ -434,7 +434,7 @@ impl<'a> Connection<'a> {
 }
 
 /// Waits until something is so.
-pub fn until(what: &str, f: impl Fn() -> bool) {
+pub fn until(what: &str, mut f: impl FnMut() -> bool) {
     let end = Instant::now() + Duration::from_secs(20);
     while !f() {
         assert!(Instant::now() < end, "{what}");
