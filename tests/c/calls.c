@@ -5,7 +5,8 @@
  *   calls fork ROOT SCRIPT         as crun: a context of the parent, started by a child that has closed everything else
  *   calls user ROOT SCRIPT         root with supplementary groups becomes another user
  *   calls terminals ROOT SCRIPT FIRST SECOND
- *                                  two terminals as ports of one console, no signal handlers
+ *                                  terminals as ports of two consoles, no signal handlers
+ *   calls input ROOT SCRIPT EVENT  an input device of the host
  */
 #include <errno.h>
 #include <fcntl.h>
@@ -88,14 +89,23 @@ static int terminals(const char *root, const char *script, char *const paths[])
 {
     int32_t ctx = context();
     configure(ctx, root, script);
-    int32_t console = must("console", krun_add_virtio_console_multiport(ctx));
-    /* The only console, so that the guest's numbers of terminals are known. Port 0 is none. */
     must("no other console", krun_disable_implicit_console(ctx));
-    must("stream", krun_add_console_port_inout(ctx, console, "output", -1, STDOUT_FILENO));
     for (int n = 0; n < 2; n++) {
+        int32_t console = must("console", krun_add_virtio_console_multiport(ctx));
+        /* So that port 0 is no terminal. */
+        if (n == 0)
+            must("stream", krun_add_console_port_inout(ctx, console, "output", -1, STDOUT_FILENO));
         int tty = open(paths[n], O_RDWR | O_NOCTTY);
         must("terminal", krun_add_console_port_tty(ctx, console, NULL, tty));
     }
+    return -must("start", krun_start_enter(ctx));
+}
+
+static int input(const char *root, const char *script, const char *path)
+{
+    int32_t ctx = context();
+    configure(ctx, root, script);
+    must("input device", krun_add_input_device_fd(ctx, open(path, O_RDWR)));
     return -must("start", krun_start_enter(ctx));
 }
 
@@ -107,6 +117,8 @@ int main(int argc, char *const argv[])
         return user(argv[2], argv[3]);
     if (argc == 6 && strcmp(argv[1], "terminals") == 0)
         return terminals(argv[2], argv[3], &argv[4]);
-    fprintf(stderr, "usage: calls fork|user|terminals ROOT SCRIPT [TERMINAL TERMINAL]\n");
+    if (argc == 5 && strcmp(argv[1], "input") == 0)
+        return input(argv[2], argv[3], argv[4]);
+    fprintf(stderr, "usage: calls fork|user|terminals|input ROOT SCRIPT [TERMINAL TERMINAL|EVENT]\n");
     return 125;
 }

@@ -12,6 +12,7 @@
 mod cases;
 mod harness;
 mod network;
+mod uinput;
 mod watch;
 
 use std::path::PathBuf;

@@ -321,8 +321,8 @@ const ONCE: &[&str] = &[
     "load_stress",
     "load_stress_files",
     "vhost_user_fs",
-    "vhost_user_vsock",
-    "vhost_user_console",
+    "vhost_user_can",
+    "vhost_user_hung",
 ];
 
 /// How long one of the test programs under the emulated host's KVM may take; they took under a minute.

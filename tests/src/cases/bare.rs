@@ -48,7 +48,7 @@ fn elf(code: &[u8]) -> Vec<u8> {
 const TRIPLE_FAULT: [u8; 19] = [0x0f, 0x01, 0x1d, 2, 0, 0, 0, 0x0f, 0x0b, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0];
 
 /// Writes memory to the serial port, byte by byte.
-fn write_out(from: u32, len: u32) -> Vec<u8> {
+pub(super) fn write_out(from: u32, len: u32) -> Vec<u8> {
     let mut code = vec![0x66, 0xba, 0xf8, 0x03]; // mov dx, 0x3f8
     code.push(0xbe); // mov esi, from
     code.extend(from.to_le_bytes());
@@ -60,7 +60,7 @@ fn write_out(from: u32, len: u32) -> Vec<u8> {
 }
 
 /// Runs a program to its triple fault; gives back what it wrote to the serial port.
-fn run(dir: &Path, code: &[u8], change: impl FnOnce(&mut VmConfig)) -> Result<Vec<u8>, Failure> {
+pub(super) fn run(dir: &Path, code: &[u8], change: impl FnOnce(&mut VmConfig)) -> Result<Vec<u8>, Failure> {
     let path = dir.join("program");
     std::fs::write(&path, elf(code))?;
     let (mut reader, writer) = pipe()?;

@@ -7,11 +7,13 @@ use std::os::unix::fs::PermissionsExt;
 use std::path::Path;
 use std::process::{Child, ChildStdout, Command, Stdio};
 
+use krun::InputEvent;
 use rustix::process::{Pid, Signal, WaitOptions, kill_process, waitpid};
 use rustix::termios::{OptionalActions, tcgetattr, tcsetattr};
 
 use super::terminal::Pty;
 use crate::harness::{Case, Env, Failure, contains, no_guest, same};
+use crate::uinput::Uinput;
 
 pub const CASE: Case = Case { name: "c_abi", host, guest: no_guest };
 pub const FORK: Case = Case { name: "c_abi_fork", host: fork, guest: no_guest };
@@ -123,11 +125,32 @@ fn as_user(env: &Env) -> Result<(), Failure> {
     same("status", talk.status()?, Some(5))
 }
 
-/// Terminals other than the first port are followed, by a program without signal handlers.
+/// A guest that gets a device of the host, which `uinput` makes up, by `krun_add_input_device_fd`.
+pub fn input_device(env: &Env, uinput: &Uinput) -> Result<(), Failure> {
+    // Two events of 24 bytes: a key and the end of the report. Type, code and value are the last four numbers.
+    let script = "cat /sys/class/input/event0/device/name; exec 3</dev/input/event0; echo ready
+        dd bs=48 count=1 iflag=fullblock <&3 2>/dev/null | od -An -v -w24 -tu2; exit 6";
+    let mut command = calls(env, "input", script)?;
+    command.arg(&uinput.event);
+    let mut talk = Talk::start(command)?;
+    same("name", talk.line()?.as_str(), "krun test device")?;
+    same("guest", talk.line()?.as_str(), "ready")?;
+    let event = |kind, code, value| InputEvent { kind, code, value };
+    uinput.send(&[event(1, 30, 1), event(0, 0, 0)])?;
+    for wanted in [["1", "30", "1", "0"], ["0"; 4]] {
+        let line = talk.line()?;
+        let words: Vec<_> = line.split_whitespace().skip(8).collect();
+        same("event", words.as_slice(), wanted.as_slice())?;
+    }
+    same("status", talk.status()?, Some(6))
+}
+
+/// Terminals of two consoles are followed, by a program without signal handlers.
 fn terminals(env: &Env) -> Result<(), Failure> {
     let script = "for name in /sys/class/virtio-ports/*/name; do
             if test \"$(cat $name)\" = output; then port=${name%/name}; fi
         done
+        for n in 0 1; do until (: <>/dev/hvc$n) 2>/dev/null; do sleep 0.1; done; done
         exec >/dev/${port##*/} 3<>/dev/hvc0 4<>/dev/hvc1
         size() { until test \"$(stty size <&$1)\" = \"$2\"; do sleep 0.1; done; }
         size 3 '33 77'; size 4 '33 77'; echo ready

@@ -3,13 +3,15 @@
 use std::io::{BufRead, BufReader, Read, Write, pipe};
 use std::thread::{self, JoinHandle};
 
-use krun::{Console, Port, Serial};
+use krun::{Console, Port, Serial, Vm};
 
+use super::terminal::Pty;
 use crate::harness::{Case, Env, Failure, TempDir, contains, no_guest, run, same};
 
 pub const LOG: Case = Case { name: "console_log", host: log, guest: no_guest };
 pub const SERIAL: Case = Case { name: "serial", host: serial, guest: no_guest };
 pub const SEVERAL: Case = Case { name: "consoles", host: several, guest: no_guest };
+pub const ORDER: Case = Case { name: "consoles_order", host: order, guest: no_guest };
 
 /// Status of a script that misses something.
 const MISSING: i32 = 77;
@@ -101,4 +103,44 @@ fn several(env: &Env) -> Result<(), Failure> {
     let output = run(config)?.success()?;
     same("standard output", output.out().as_str(), "out\n")?;
     same("port", collected(taken)?.as_str(), "got hello\n")
+}
+
+/// Terminals of several devices have the numbers of their order, in every boot. Each is known by its size.
+fn order(env: &Env) -> Result<(), Failure> {
+    /// `hvc0` is beside the standard streams; there are eight numbers with device files.
+    const TERMINALS: u16 = 7;
+    const BOOTS: usize = 3;
+    let script = "for n in 1 2 3 4 5 6 7; do
+            until size=$(stty size 2>/dev/null </dev/hvc$n) && test \"$size\" != '0 0'; do sleep 0.02; done
+            echo $size
+        done";
+    let terminals = (1..=TERMINALS).map(|_| Pty::open()).collect::<Result<Vec<_>, _>>()?;
+    for (n, pty) in (1..).zip(&terminals) {
+        pty.resize(100 + n, 10 + n)?;
+    }
+    let wanted: String = (1..=TERMINALS).map(|n| format!("{} {}\n", 10 + n, 100 + n)).collect();
+    for boot in 0..BOOTS {
+        let mut config = env.shell(script);
+        config.vcpus = 2;
+        for pty in &terminals {
+            let port = Port::Terminal { name: String::new(), tty: pty.slave.try_clone()? };
+            config.consoles.push(Console::Ports(vec![port]));
+        }
+        let output = run(config)?.success()?;
+        same(&format!("sizes in boot {boot}"), output.out().as_str(), wanted.as_str())?;
+    }
+    second(env)
+}
+
+/// The workload's terminal need not be the first.
+fn second(env: &Env) -> Result<(), Failure> {
+    let (other, mut own) = (Pty::open()?, Pty::open()?);
+    let mut config = env.shell("tty; exit 3");
+    let port = Port::Terminal { name: String::new(), tty: other.slave.try_clone()? };
+    config.consoles = vec![Console::Ports(vec![port]), own.console()?];
+    let status = Vm::start(config)?.wait().map_err(|e| e.to_string())?;
+    let mut said = [0; 100];
+    let len = own.master.read(&mut said)?;
+    let said = String::from_utf8_lossy(&said[..len]).into_owned();
+    same("the workload's terminal", (said.trim_end(), status.code()), ("/dev/hvc1", 3))
 }

@@ -1,7 +1,7 @@
 //! Input devices: what they are, their events, and lights the other way.
 //!
 //! The guest's half reads its `/dev/input/event0` with the code that reads the host's devices when those are passed
-//! on: a host with such a device is not to be had here.
+//! on.
 
 use std::ffi::OsString;
 use std::fs::File;
@@ -9,9 +9,12 @@ use std::time::{Duration, Instant};
 
 use krun::{AxisInfo, DeviceIds, Input, InputConfig, InputEvent};
 
-use crate::harness::{Case, Env, Failure, same, start};
+use crate::harness::{Captured, Case, Env, Failure, no_guest, same, start};
+use crate::uinput::Uinput;
 
 pub const CASE: Case = Case { name: "input", host, guest };
+/// A device of the host.
+pub const EVDEV: Case = Case { name: "input_evdev", host: evdev, guest: no_guest };
 
 const EV_SYN: u16 = 0;
 const EV_KEY: u16 = 1;
@@ -52,7 +55,11 @@ fn events() -> Vec<InputEvent> {
         .collect()
 }
 
-fn guest(_: &[OsString]) -> Result<u8, String> {
+/// Events that are sent before the guest has taken them: it has room for so many.
+const GROUP: usize = 40;
+
+/// With an argument: for a device without a serial number.
+fn guest(args: &[OsString]) -> Result<u8, String> {
     let file = match File::options().read(true).write(true).open("/dev/input/event0") {
         Ok(file) => file,
         Err(e) if e.kind() == std::io::ErrorKind::NotFound => return Ok(77),
@@ -66,6 +73,9 @@ fn guest(_: &[OsString]) -> Result<u8, String> {
         bits.truncate(bits.iter().rposition(|b| *b != 0).map_or(0, |at| at + 1));
     });
     let mut wanted = config();
+    if args.iter().any(|word| !word.is_empty()) {
+        wanted.serial.clear();
+    }
     wanted.events.retain(|_, bits| !bits.is_empty());
     if seen != wanted {
         return Err(format!("seen {seen:?}, wanted {wanted:?}"));
@@ -75,7 +85,12 @@ fn guest(_: &[OsString]) -> Result<u8, String> {
     let start = Instant::now();
     while got.len() < events().len() {
         match device.next().map_err(|e| e.to_string())? {
-            Some(event) => got.push(event),
+            Some(event) => {
+                got.push(event);
+                if got.len() % GROUP == 0 {
+                    println!("got {}.", got.len());
+                }
+            }
             None if start.elapsed() > Duration::from_secs(60) => {
                 return Err(format!("only {} events came", got.len()));
             }
@@ -94,25 +109,61 @@ fn guest(_: &[OsString]) -> Result<u8, String> {
 
 fn host(env: &Env) -> Result<(), Failure> {
     let (device, sender) = Input::queue(config())?;
-    let mut vm = env.guest_half("input", [""; 0]);
-    vm.inputs.push(device);
-    let captured = start(vm)?;
-    if captured.wait_for_output("ready").is_err() {
-        let output = captured.finish()?;
-        return match output.code {
-            77 => Err(Failure::Skip("this kernel has no evdev or no virtio-input driver".into())),
-            _ => output.success().map(|_| ()),
-        };
-    }
-    // Slower than the guest's own buffer of events, which drops some when it is full.
-    for group in events().chunks(40) {
-        sender.send(group)?;
-        std::thread::sleep(Duration::from_millis(20));
-    }
+    let Some(captured) = started(env, device, "")? else { return Err(Failure::Skip(NO_DRIVER.into())) };
+    send(&captured, |group| Ok(sender.send(group)?))?;
     // What is wrong, if anything, is on the guest's standard error.
     let sent = captured.wait_for_output("sent");
     captured.finish()?.success()?;
     sent?;
     let light = std::iter::from_fn(|| sender.receive()).find(|e| e.kind == EV_LED && e.value == 1);
     same("the light that the guest switched on", light, Some(event(EV_LED, 1, 1)))
+}
+
+const NO_DRIVER: &str = "this kernel has no evdev or no virtio-input driver";
+
+/// A guest that is ready for events; `None` when it has no driver.
+fn started(env: &Env, device: Input, word: &str) -> Result<Option<Captured>, Failure> {
+    let mut vm = env.guest_half("input", [word]);
+    vm.inputs.push(device);
+    let captured = start(vm)?;
+    if captured.wait_for_output("ready").is_err() {
+        let output = captured.finish()?;
+        return match output.code {
+            77 => Ok(None),
+            _ => output.success().map(|_| None),
+        };
+    }
+    Ok(Some(captured))
+}
+
+/// All events, as fast as the guest takes them.
+fn send(captured: &Captured, send: impl Fn(&[InputEvent]) -> Result<(), Failure>) -> Result<(), Failure> {
+    for (n, group) in events().chunks(GROUP).enumerate() {
+        send(group)?;
+        if captured.wait_for_output(&format!("got {}.", (n + 1) * GROUP)).is_err() {
+            // Why is on the guest's standard error.
+            break;
+        }
+    }
+    Ok(())
+}
+
+fn evdev(env: &Env) -> Result<(), Failure> {
+    let uinput = Uinput::new(env, &config())?;
+    let file = File::options().read(true).write(true).open(&uinput.event)?;
+    let Some(captured) = started(env, Input::evdev(file.into())?, "evdev")? else {
+        return Err(Failure::Skip(NO_DRIVER.into()));
+    };
+    send(&captured, |group| uinput.send(group))?;
+    let sent = captured.wait_for_output("sent");
+    captured.finish()?.success()?;
+    sent?;
+    let mut light = None;
+    while let Some(event) = uinput.receive()? {
+        light = light.or(Some(event).filter(|e| e.kind == EV_LED && e.value == 1));
+    }
+    same("the light that the guest switched on", light, Some(event(EV_LED, 1, 1)))?;
+    // The host holds the event of the light back from others until a report ends, which it did not.
+    uinput.send(&[event(EV_SYN, 0, 0)])?;
+    super::c_abi::input_device(env, &uinput)
 }

@@ -34,6 +34,7 @@ mod stdio;
 mod suites;
 mod terminal;
 mod vhost_user;
+mod vhost_user_media;
 mod vsock;
 
 /// Every case.
@@ -73,6 +74,7 @@ pub const ALL: &[Case] = &[
     consoles::LOG,
     consoles::SERIAL,
     consoles::SEVERAL,
+    consoles::ORDER,
     programs::PYTHON,
     programs::GIT,
     programs::COMPILE,
@@ -87,6 +89,7 @@ pub const ALL: &[Case] = &[
     c_abi::TERMINALS,
     balloon::CASE,
     input::CASE,
+    input::EVDEV,
     bare::CASE,
     bare::SMBIOS_IN_LINUX,
     network::passt::PASST,
@@ -112,4 +115,8 @@ pub const ALL: &[Case] = &[
     vhost_user::FS,
     vhost_user::VSOCK,
     vhost_user::CONSOLE,
+    vhost_user_media::INPUT,
+    vhost_user_media::SOUND,
+    vhost_user_media::CAN,
+    vhost_user_media::HUNG,
 ];

@@ -43,7 +43,8 @@ impl Pty {
         Ok(tcsetwinsize(&self.master, Winsize { ws_row: rows, ws_col: columns, ws_xpixel: 0, ws_ypixel: 0 })?)
     }
 
-    fn console(&self) -> Result<Console, Failure> {
+    /// It as the workload's standard streams.
+    pub fn console(&self) -> Result<Console, Failure> {
         let copy = || self.slave.try_clone().map(Some);
         Ok(Console::Standard { input: copy()?, output: copy()?, error: copy()? })
     }
