@@ -77,9 +77,11 @@ fn input(env: &Env) -> Result<(), Failure> {
     same("what the guest says", output.as_str(), wanted)
 }
 
-/// Plays five buffers of stereo sound, 16 bits at 48 kHz (Linux: include/uapi/sound/asound.h).
+/// Plays five buffers of stereo sound, 16 bits at 48 kHz (Linux: include/uapi/sound/asound.h). A fourth of a buffer at a
+/// time: the back end plays faster than time goes by, and of a whole buffer that was played since it last looked the
+/// driver sees nothing.
 const SOUND_SCRIPT: &str = r#"
-import fcntl, os, struct, sys
+import fcntl, os, struct, sys, time
 def request(number, size, both=True):
     return (3 << 30 if both else 0) | size << 16 | ord("A") << 8 | number
 try:
@@ -102,10 +104,17 @@ never = 1 << 62
 params = struct.pack("3I4x7Q2I56x", 0, 1, 0, 1024, 1, 1, never, 0, 0, 0, 0, 0)
 fcntl.ioctl(pcm, request(0x13, 136), bytearray(params))
 fcntl.ioctl(pcm, request(0x40, 0, False))
-left = 5 * 4096 * 4
-while left > 0:
-    left -= os.write(pcm, bytes(min(left, 4096)))
-fcntl.ioctl(pcm, request(0x44, 0, False))
+def free():
+    status = bytearray(152)
+    fcntl.ioctl(pcm, 2 << 30 | request(0x20, 152, False), status)
+    return struct.unpack("Q", status[64:72])[0]
+for n in range(20):
+    assert os.write(pcm, bytes(4096)) == 4096
+    end = time.monotonic() + 60
+    while free() < 4096:
+        assert time.monotonic() < end, n
+        time.sleep(0.001)
+fcntl.ioctl(pcm, request(0x43, 0, False))
 os.close(pcm)
 print("played", flush=True)
 "#;

@@ -64,7 +64,7 @@ enum Wait {
     Over,
 }
 
-/// A device's turn. Its descriptor is readable when [`Turn::look`] is to be called.
+/// A device's turn. Its descriptor is readable when it has come, or was waited for long enough.
 #[derive(Debug)]
 pub struct Turn {
     before: Numbered,

@@ -302,7 +302,7 @@ fn connect_and_start(
     };
     session.start(&setup).map_err(failed)?;
     running.queues = rings.iter().map(|r| r.queue).collect();
-    for ring in &rings {
+    for ring in rings.iter().filter(|r| back_end.spec().kind.is_told(r.queue as usize)) {
         // Of what the driver has made available before, nobody was told.
         ring.kick.wake_shared();
     }

@@ -96,6 +96,13 @@ impl DeviceKind {
         self.facts().map_or(&[], |f| f.outputs)
     }
 
+    /// Whether the back end is to be told of what the driver has put into a queue before the start. Not of buffers for
+    /// events of a sound device: no driver tells of them either, and vhost-device-sound 0.3, once it is told, looks for
+    /// requests there and does nothing else any more.
+    pub(super) fn is_told(self, queue: usize) -> bool {
+        (self, queue) != (Self::SND, 1)
+    }
+
     /// Names of the kinds that have one.
     pub fn names() -> impl Iterator<Item = &'static str> {
         KINDS.iter().map(|f| f.name)
@@ -148,5 +155,6 @@ mod tests {
         assert_eq!([0, 1, 3, 9].map(|q| DeviceKind::CONSOLE.queue_size(q)), [128, 128, 64, 64]);
         let unknown = DeviceKind::from_id(99).unwrap();
         assert_eq!((unknown.least_queues(), unknown.queue_size(5)), (1, 256));
+        assert_eq!([0, 1, 2, 3].map(|q| DeviceKind::SND.is_told(q)), [true, false, true, true]);
     }
 }
