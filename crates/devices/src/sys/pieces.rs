@@ -7,7 +7,7 @@ use std::os::fd::{AsRawFd, BorrowedFd};
 use krun_memory::VolatileSlice;
 
 /// Most pieces of one call; a caller goes on with the rest.
-const MAX_PIECES: usize = 64;
+pub(crate) const MAX_PIECES: usize = 64;
 
 const NOTHING: libc::iovec = libc::iovec { iov_base: std::ptr::null_mut(), iov_len: 0 };
 

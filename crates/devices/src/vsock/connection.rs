@@ -88,6 +88,8 @@ pub struct Connection {
     pub(super) due: Due,
     /// The socket may have something to read.
     pub(super) readable: bool,
+    /// Buffers to have for the next read.
+    pub(super) appetite: usize,
     watched: Option<Interest>,
     /// Whether it has a turn with the guest's buffers.
     pub in_turn: bool,
@@ -105,6 +107,7 @@ impl Connection {
             host_ended: Ended::empty(),
             due: Due::empty(),
             readable: false,
+            appetite: 1,
             watched: None,
             in_turn: false,
         }

@@ -6,9 +6,10 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use krun_event::{Interest, Ready};
-use krun_virtio::{Chain, ConfigSpace, Cx, DeviceError, DeviceInfo, Reader, VirtioDevice, Writer};
+use krun_virtio::{Chain, ConfigSpace, Cx, DeviceError, DeviceInfo, Reader, VirtioDevice};
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 
+use super::buffers::Buffers;
 use super::connection::{Fate, Key};
 use super::connector::Connector;
 use super::listener::Listener;
@@ -30,8 +31,8 @@ const FIRST_CONNECTION: u64 = 1 << 31;
 
 /// RSTs that wait for a buffer of the guest's. With so many, no more packets are taken from it until some are gone.
 const MAX_RESETS: usize = 1 << 16;
-/// Packets of one connection before another has its turn.
-const BURST: u32 = 16;
+/// Packets of one connection after which another has its turn.
+const BURST: usize = 64;
 /// How long the end waits for a program of the host that takes nothing.
 const DRAIN_PATIENCE: Duration = Duration::from_secs(2);
 
@@ -72,6 +73,8 @@ pub struct Vsock {
     pub(super) table: Table,
     /// RSTs due to the guest, apart from connections, which are gone by then.
     pub(super) resets: VecDeque<Header>,
+    /// Room for the headers of packets that are delivered together.
+    packets: Vec<Header>,
     /// Connections whose watch may have to change.
     pub(super) touched: Vec<u32>,
     pub(super) timer: Timer,
@@ -107,6 +110,7 @@ impl Vsock {
             listeners,
             table: Table::new(spec.max_connections),
             resets: VecDeque::new(),
+            packets: Vec::new(),
             touched: Vec::new(),
             timer,
             timing: false,
@@ -188,44 +192,43 @@ impl Vsock {
     /// Fills the guest's buffers with what is due.
     fn deliver(&mut self, cx: &mut Cx<'_>) -> Result<(), DeviceError> {
         let mut burst = 0;
-        while !self.resets.is_empty() || self.table.has_turn() {
-            let Some(chain) = cx.pop(RX)? else { break };
-            let room = chain.writable_len();
-            if room as usize <= Header::SIZE {
-                let text = format!("a receive buffer of {room} bytes has no room for data");
-                return Err(DeviceError::Driver(text));
-            }
-            let mut head = chain.writer(cx.memory());
-            let mut body = head.split_at(Header::SIZE);
-            let Some(header) = self.next_packet(&mut body, &mut burst) else {
-                cx.unpop(RX, chain);
-                break;
+        let mut packets = std::mem::take(&mut self.packets);
+        loop {
+            let (most, bytes) = match self.table.first() {
+                _ if !self.resets.is_empty() => (1, 0),
+                Some((_, connection)) => connection.appetite(),
+                None => break,
             };
-            std::io::Write::write_all(&mut head, &header.to_bytes())
-                .map_err(|e| DeviceError::Driver(format!("a receive buffer: {e}")))?;
-            cx.complete(RX, chain, head.written() + body.written())?;
+            let buffers = Buffers::take(cx, RX, most, bytes)?;
+            if buffers.is_empty() {
+                break;
+            }
+            packets.clear();
+            self.next_packets(&buffers, &mut packets, &mut burst);
+            buffers.give_back(cx, &packets)?;
         }
+        self.packets = packets;
         Ok(())
     }
 
-    fn next_packet(&mut self, body: &mut Writer<'_>, burst: &mut u32) -> Option<Header> {
+    /// Packets for the first of `buffers`; none when nothing is due.
+    fn next_packets(&mut self, buffers: &Buffers<'_>, packets: &mut Vec<Header>, burst: &mut usize) {
         if let Some(reset) = self.resets.pop_front() {
-            return Some(reset);
+            return packets.push(reset);
         }
         let cid = self.config.cid;
-        while let Some((id, connection)) = self.table.first() {
-            let packet = connection.next_packet(body);
-            *burst += 1;
-            if packet.is_none() || *burst >= BURST || !connection.wants_turn() {
+        while packets.is_empty()
+            && let Some((id, connection)) = self.table.first()
+        {
+            connection.next_packets(buffers, packets);
+            *burst += packets.len();
+            if packets.is_empty() || *burst >= BURST || !connection.wants_turn() {
                 *burst = 0;
                 self.table.next();
                 self.touched.push(id);
             }
-            if let Some(header) = packet {
-                return Some(to_guest(cid, header));
-            }
         }
-        None
+        packets.iter_mut().for_each(|header| *header = to_guest(cid, *header));
     }
 
     /// After every event: what is due goes to the guest, and sockets are watched for what is wanted now.

@@ -9,6 +9,7 @@
 //! Nothing here waits. A socket is watched only for what can be done with it: not for reading while the guest has no
 //! credit or no buffer to spare, nor for writing while nothing is held.
 
+mod buffers;
 mod connection;
 mod connector;
 mod credit;

@@ -1,10 +1,12 @@
 //! What a connection has for the guest.
 
-use krun_virtio::Writer;
-
+use super::buffers::Buffers;
 use super::connection::{Connection, Due, State};
 use super::packet::{Ended, Header, op};
 use super::stream::Read;
+
+/// Most buffers that are filled at once.
+pub const MOST_BUFFERS: usize = 64;
 
 impl Connection {
     /// Whether there is something for the guest, or may be.
@@ -12,70 +14,71 @@ impl Connection {
         !self.due.is_empty() || self.readable && self.credit.left() > 0
     }
 
-    /// The next packet for the guest, its data in `body`; `None` when there is none. The ports are filled in, the
-    /// context ids are not.
-    pub fn next_packet(&mut self, body: &mut Writer<'_>) -> Option<Header> {
-        let (op, flags, len) = self.next_contents(body)?;
-        let mut header = Header {
-            src_port: self.key.host_port,
-            dst_port: self.key.guest_port,
-            op,
-            flags,
-            len,
-            ..Header::default()
-        };
-        self.credit.stamp(&mut header);
-        self.due -= Due::CREDIT;
-        Some(header)
+    /// How many buffers to have for the next packets, and for how many bytes of data.
+    pub fn appetite(&self) -> (usize, usize) {
+        match self.due - Due::CREDIT {
+            due if due.is_empty() => (self.appetite, self.credit.left() as usize),
+            _ => (1, 0),
+        }
     }
 
-    fn next_contents(&mut self, body: &mut Writer<'_>) -> Option<(u16, u32, u32)> {
-        if let Some(packet) = self.next_due() {
-            return Some(packet);
+    /// The next packets for the guest, their data in `buffers`, of which there is one at least; none is added when there
+    /// is none. The ports are filled in, the context ids are not.
+    pub fn next_packets(&mut self, buffers: &Buffers<'_>, out: &mut Vec<Header>) {
+        let first = out.len();
+        if let Some(header) = self.next_due() {
+            out.push(header);
+        } else {
+            self.read(buffers, out);
+            if out.len() == first {
+                // Reading may have found the end. Room is told by any packet, so a packet of its own comes last.
+                let update = self.due.contains(Due::CREDIT).then(|| self.header(op::CREDIT_UPDATE, 0, 0));
+                out.extend(self.next_due().or(update));
+            }
         }
-        if let Some(len) = self.read(body) {
-            return Some((op::RW, 0, len));
+        for header in &mut out[first..] {
+            self.credit.stamp(header);
+            self.due -= Due::CREDIT;
         }
-        // Reading may have found the end. Room is told by any packet, so a packet of its own comes last.
-        self.next_due().or_else(|| self.due.contains(Due::CREDIT).then_some((op::CREDIT_UPDATE, 0, 0)))
     }
 
-    fn next_due(&mut self) -> Option<(u16, u32, u32)> {
+    fn header(&self, op: u16, flags: u32, len: u32) -> Header {
+        let (src_port, dst_port) = (self.key.host_port, self.key.guest_port);
+        Header { src_port, dst_port, op, flags, len, ..Header::default() }
+    }
+
+    fn next_due(&mut self) -> Option<Header> {
         if self.due.contains(Due::REQUEST) {
             self.due -= Due::REQUEST;
-            return Some((op::REQUEST, 0, 0));
+            return Some(self.header(op::REQUEST, 0, 0));
         }
         if self.due.contains(Due::RESPONSE) {
             self.due -= Due::RESPONSE;
-            return Some((op::RESPONSE, 0, 0));
+            return Some(self.header(op::RESPONSE, 0, 0));
         }
         if self.due.contains(Due::SHUTDOWN) {
             self.due -= Due::SHUTDOWN;
             if self.host_ended.is_all() {
                 self.state = State::Over;
             }
-            return Some((op::SHUTDOWN, self.host_ended.bits(), 0));
+            return Some(self.header(op::SHUTDOWN, self.host_ended.bits(), 0));
         }
         None
     }
 
     /// Reads from the socket what the guest has room for.
-    fn read(&mut self, body: &mut Writer<'_>) -> Option<u32> {
+    fn read(&mut self, buffers: &Buffers<'_>, out: &mut Vec<Header>) {
         let left = self.credit.left();
-        if !self.readable || left == 0 || !self.may_read() {
-            return None;
-        }
-        let stream = self.stream.as_ref()?;
-        let room = body.remaining().min(left as usize);
-        // The rest of the buffer is not ours to fill.
-        body.split_at(room);
-        match stream.read(body.room()) {
+        let Some(stream) = self.stream.as_ref().filter(|_| self.readable && left > 0 && self.may_read())
+        else {
+            return;
+        };
+        let room = buffers.room(left as usize);
+        match stream.read(&room.pieces) {
             Read::Data(n) => {
                 // A short read has emptied the socket, most likely; if not, it is reported again.
-                self.readable = n == room;
-                self.credit.send(n as u32);
-                body.advance(n);
-                return Some(n as u32);
+                self.readable = n == room.len;
+                self.add_data(n, buffers, out);
             }
             Read::NotReady => self.readable = false,
             Read::End => {
@@ -87,6 +90,23 @@ impl Connection {
                 self.host_ends(Ended::SEND);
             }
         }
-        None
+    }
+
+    /// Headers for `len` bytes that are in `buffers`.
+    fn add_data(&mut self, len: usize, buffers: &Buffers<'_>, out: &mut Vec<Header>) {
+        let mut rest = len;
+        let mut used = 0;
+        while let Some(capacity) = buffers.capacity(used) {
+            let n = rest.min(capacity);
+            // A buffer is less than 4 GiB.
+            out.push(self.header(op::RW, 0, n as u32));
+            (used, rest) = (used + 1, rest - n);
+            if rest == 0 {
+                break;
+            }
+        }
+        self.credit.send(len as u32);
+        // Buffers that are taken in vain cost time, and so does every call that could have read more.
+        self.appetite = if self.readable { (4 * used).min(MOST_BUFFERS) } else { used };
     }
 }

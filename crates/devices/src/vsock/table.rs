@@ -144,11 +144,6 @@ impl Table {
         }
     }
 
-    /// Whether somebody is lined up.
-    pub fn has_turn(&self) -> bool {
-        !self.turn.is_empty()
-    }
-
     /// Whose turn it is.
     pub fn first(&mut self) -> Option<(u32, &mut Connection)> {
         while let Some(&id) = self.turn.front() {
@@ -212,8 +207,8 @@ mod tests {
             table.line_up(id);
             table.remove(id).unwrap();
         }
-        assert!(table.has_turn() && table.turn.len() <= 21);
-        assert!(table.first().is_none() && !table.has_turn());
+        assert!(!table.turn.is_empty() && table.turn.len() <= 21);
+        assert!(table.first().is_none() && table.turn.is_empty());
     }
 
     #[test]
