@@ -296,14 +296,15 @@ int32_t krun_set_net_mac(uint32_t ctx_id, uint8_t *const mac);
 
 /* ------------------------------------------------------------------- sockets */
 
-/* Programs of the guest reach programs of the host through AF_VSOCK stream sockets; the guest's context
- * id is 3, the host's 2. Each port is joined to a unix stream socket of the host.
+/* Programs of the guest reach programs of the host through AF_VSOCK sockets; the guest's context id is 3,
+ * the host's 2. Each port is joined to a unix socket of the host.
  *
  * Connections of the guest to `port` of the host go to the socket at `filepath`, which is connected to
- * each time; the guest sees ECONNRESET when nobody listens there. */
+ * each time, with a stream socket or, if the guest's is one, with a SOCK_SEQPACKET socket; the guest sees
+ * ECONNRESET when nobody listens there with a socket of that type. */
 int32_t krun_add_vsock_port(uint32_t ctx_id, uint32_t port, const char *filepath);
 
-/* The same with `listen` false. With `listen` true a socket is created at `filepath` when the VM starts,
+/* The same with `listen` false. With `listen` true a stream socket is created at `filepath` when the VM starts,
  * and removed when it has ended; connections to it go to `port` of the guest. A client whose connection
  * the guest refuses reads the end of the stream at once.
  *

@@ -181,8 +181,9 @@ pub struct Run {
     pub nets: Vec<crate::nets::NetArg>,
 
     /// Join a vsock port to a unix socket of this host: a connection of the guest to the host's port (CID 2) goes to
-    /// the socket at PATH. With :listen a socket is created at PATH, and a connection to it goes to the guest's port.
-    #[arg(long, value_name = "PORT:PATH[:listen]", value_parser = os_parser(vsock))]
+    /// the socket at PATH. With :listen a socket is created at PATH, and a connection to it goes to the guest's port;
+    /// with :listen=seqpacket one that keeps messages apart. For its own connections the guest chooses that.
+    #[arg(long, value_name = "PORT:PATH[:listen[=seqpacket]]", value_parser = os_parser(vsock))]
     pub vsock: Vec<krun::VsockPort>,
 
     /// A device whose other half is another process, which listens on SOCKET (vhost-user): rng, console, input, vsock,
@@ -261,15 +262,19 @@ fn volume(text: &OsStr) -> Result<Volume, String> {
 
 fn vsock(text: &OsStr) -> Result<krun::VsockPort, String> {
     let bytes = text.as_bytes();
+    let (bytes, socket) = match bytes.strip_suffix(b"=seqpacket") {
+        Some(rest) if rest.ends_with(b":listen") => (rest, krun::VsockType::SeqPacket),
+        _ => (bytes, krun::VsockType::Stream),
+    };
     let (bytes, direction) = match bytes.strip_suffix(b":listen") {
         Some(rest) => (rest, krun::VsockDirection::FromHost),
         None => (bytes, krun::VsockDirection::FromGuest),
     };
-    let at = bytes.iter().position(|b| *b == b':').ok_or("write PORT:PATH or PORT:PATH:listen")?;
+    let at = bytes.iter().position(|b| *b == b':').ok_or("write PORT:PATH[:listen[=seqpacket]]")?;
     let (port, path) = (&bytes[..at], &bytes[at + 1..]);
     let port = std::str::from_utf8(port).ok().and_then(|p| p.parse().ok());
     let port = port.ok_or("the port before ':' is a number from 0 to 4294967294")?;
-    let spec = krun::VsockPort { port, path: PathBuf::from(OsStr::from_bytes(path)), direction };
+    let spec = krun::VsockPort { port, path: PathBuf::from(OsStr::from_bytes(path)), direction, socket };
     spec.validate().map_err(|e| e.to_string())?;
     Ok(spec)
 }
@@ -338,6 +343,10 @@ mod tests {
         assert_eq!((port.port, port.path.to_str()), (1234, Some("/a:b")));
         assert_eq!(port.direction, krun::VsockDirection::FromGuest);
         assert_eq!(vsock(OsStr::new("0:x:listen")).unwrap().direction, krun::VsockDirection::FromHost);
+        let port = vsock(OsStr::new("7:/a:listen=seqpacket")).unwrap();
+        assert_eq!((port.path.to_str(), port.socket), (Some("/a"), krun::VsockType::SeqPacket));
+        let port = vsock(OsStr::new("7:/a=seqpacket")).unwrap();
+        assert_eq!((port.path.to_str(), port.socket), (Some("/a=seqpacket"), krun::VsockType::Stream));
         for bad in ["/a", "x:/a", "-1:/a", "4294967295:/a", "1:", "1::listen", ""] {
             assert!(vsock(OsStr::new(bad)).is_err(), "{bad}");
         }

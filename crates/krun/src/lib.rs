@@ -56,7 +56,7 @@ pub use net::{Net, NetError, NetPeer, Offloads};
 pub use reclaim::BalloonStatus;
 pub use vhost_user::{DeviceKind, VhostUser, VhostUserError};
 pub use vm::{ExitStatus, Vm};
-pub use vsock::{Vsock, VsockDirection, VsockError, VsockPort};
+pub use vsock::{Vsock, VsockDirection, VsockError, VsockPort, VsockType};
 
 /// The built-in init of guests: a static program.
 pub static INIT: &[u8] = include_bytes!(env!("KRUN_INIT"));

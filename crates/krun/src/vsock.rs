@@ -4,9 +4,16 @@ use std::path::PathBuf;
 
 use krun_devices::vsock::{Vsock as Device, VsockSpec};
 
-pub use krun_devices::vsock::{Direction as VsockDirection, PortSpec as VsockPort, VsockError};
+pub use krun_devices::vsock::{
+    Direction as VsockDirection, PortSpec as VsockPort, SocketType as VsockType, VsockError,
+};
 
-/// A socket device: programs of the guest use `AF_VSOCK` with stream sockets. The guest's context id is 3, the host's 2.
+/// A socket device: programs of the guest use `AF_VSOCK`, with `SOCK_STREAM` or `SOCK_SEQPACKET`. The guest's context id is
+/// 3, the host's 2.
+///
+/// A message of a `SOCK_SEQPACKET` socket can be as long as the receiver has room for: 256 KiB to the host, less when there
+/// are hundreds of connections (the guest's program then gets `EMSGSIZE`), and 256 KiB to the guest unless its program sets
+/// `SO_VM_SOCKETS_BUFFER_SIZE`. One that is longer ends its connection.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct Vsock {
     /// Ports that are joined to unix sockets of this host.
@@ -15,21 +22,33 @@ pub struct Vsock {
 
 impl Vsock {
     /// Connections of the guest to `port` of the host go to the unix socket at `path`, where a program of this host
-    /// listens.
+    /// listens. The guest chooses the type of socket, and is refused where the program listens with another.
     #[must_use]
     pub fn connect(self, port: u32, path: impl Into<PathBuf>) -> Self {
-        self.with(port, path, VsockDirection::FromGuest)
+        self.with(port, path, VsockDirection::FromGuest, VsockType::Stream)
     }
 
     /// A unix socket is created at `path`, and removed when the machine has ended; connections to it go to `port` of the
     /// guest, where a program of the guest listens. A socket that a program left behind there gives way.
     #[must_use]
     pub fn listen(self, port: u32, path: impl Into<PathBuf>) -> Self {
-        self.with(port, path, VsockDirection::FromHost)
+        self.with(port, path, VsockDirection::FromHost, VsockType::Stream)
     }
 
-    fn with(mut self, port: u32, path: impl Into<PathBuf>, direction: VsockDirection) -> Self {
-        self.ports.push(VsockPort { port, path: path.into(), direction });
+    /// The same with a socket of type `SOCK_SEQPACKET`, which keeps messages apart, here and in the guest.
+    #[must_use]
+    pub fn listen_seqpacket(self, port: u32, path: impl Into<PathBuf>) -> Self {
+        self.with(port, path, VsockDirection::FromHost, VsockType::SeqPacket)
+    }
+
+    fn with(
+        mut self,
+        port: u32,
+        path: impl Into<PathBuf>,
+        direction: VsockDirection,
+        socket: VsockType,
+    ) -> Self {
+        self.ports.push(VsockPort { port, path: path.into(), direction, socket });
         self
     }
 

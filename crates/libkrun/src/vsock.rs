@@ -2,7 +2,7 @@
 
 use std::ffi::c_char;
 
-use krun_api::{Vsock as Device, VsockDirection, VsockError, VsockPort};
+use krun_api::{Vsock as Device, VsockDirection, VsockError, VsockPort, VsockType};
 
 use crate::context::with;
 use crate::{Answer, EEXIST, EINVAL, ENOTSUP, Errno, args};
@@ -63,7 +63,7 @@ pub unsafe extern "C" fn krun_add_vsock_port2(
         // SAFETY: the header asks for a string.
         let path = unsafe { args::path(filepath) }?;
         let direction = if listen { VsockDirection::FromHost } else { VsockDirection::FromGuest };
-        context.vsock.add(VsockPort { port, path, direction })
+        context.vsock.add(VsockPort { port, path, direction, socket: VsockType::Stream })
     })
 }
 

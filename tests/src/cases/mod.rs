@@ -36,6 +36,7 @@ mod terminal;
 mod vhost_user;
 mod vhost_user_media;
 mod vsock;
+mod vsock_seqpacket;
 
 /// Every case.
 pub const ALL: &[Case] = &[
@@ -110,6 +111,7 @@ pub const ALL: &[Case] = &[
     vsock::MANY,
     vsock::BULK,
     vsock::STUCK,
+    vsock_seqpacket::CASE,
     vhost_user::BLOCK,
     vhost_user::RNG,
     vhost_user::FS,

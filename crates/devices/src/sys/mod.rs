@@ -1,6 +1,7 @@
 //! System calls that several devices need.
 
 mod descriptors;
+pub(crate) mod messages;
 mod pieces;
 pub(crate) mod signals;
 mod timer;

@@ -9,7 +9,7 @@ use krun_memory::VolatileSlice;
 /// Most pieces of one call; a caller goes on with the rest.
 pub(crate) const MAX_PIECES: usize = 64;
 
-const NOTHING: libc::iovec = libc::iovec { iov_base: std::ptr::null_mut(), iov_len: 0 };
+pub(super) const NOTHING: libc::iovec = libc::iovec { iov_base: std::ptr::null_mut(), iov_len: 0 };
 
 /// Reads once into `room`, in order. A socket is not waited for.
 ///
@@ -65,7 +65,7 @@ pub fn write_from(
     usize::try_from(count).map_err(|_| io::Error::last_os_error())
 }
 
-fn message(pieces: &mut [libc::iovec]) -> libc::msghdr {
+pub(super) fn message(pieces: &mut [libc::iovec]) -> libc::msghdr {
     // SAFETY: all-zero is a valid `msghdr` (null pointers with zero lengths); it has padding and fields
     // that differ between systems, so there is no literal for it.
     let mut header: libc::msghdr = unsafe { std::mem::zeroed() };

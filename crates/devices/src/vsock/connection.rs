@@ -1,6 +1,5 @@
-//! One connection: a pair of ports, a stream socket, and what is between them.
+//! One connection: a pair of ports, a socket, and what is between them.
 
-use std::collections::VecDeque;
 use std::io;
 use std::os::fd::AsFd;
 
@@ -10,8 +9,12 @@ use krun_memory::VolatileSlice;
 use krun_virtio::{Cx, Reader};
 
 use super::credit::{Credit, Violation};
-use super::packet::{Ended, Header, op};
-use super::stream::{Stream, Write};
+use super::held::Held;
+use super::packet::{END_OF_MESSAGE, END_OF_RECORD, Ended, Header, op};
+use super::socket::{Socket, Write};
+use super::spec::SocketType;
+use crate::sys::MAX_PIECES;
+use crate::sys::messages::Contents;
 
 /// What tells a connection from all others.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
@@ -76,11 +79,12 @@ impl From<Violation> for Fate {
 #[derive(Debug)]
 pub struct Connection {
     pub(super) key: Key,
+    pub(super) kind: SocketType,
     pub(super) state: State,
-    pub(super) stream: Option<Stream>,
+    pub(super) socket: Option<Socket>,
     pub(super) credit: Credit,
     /// Bytes of the guest's that the socket has not taken.
-    held: VecDeque<u8>,
+    held: Held,
     /// What the guest said it will do no more.
     pub(super) guest_ended: Ended,
     /// What the host's side will do no more.
@@ -88,6 +92,10 @@ pub struct Connection {
     pub(super) due: Due,
     /// The socket may have something to read.
     pub(super) readable: bool,
+    /// The guest has a part of the message that is first in the socket.
+    pub(super) in_message: bool,
+    /// One side sent what the other can never take: it is to end.
+    pub(super) broken: bool,
     /// Buffers to have for the next read.
     pub(super) appetite: usize,
     watched: Option<Interest>,
@@ -96,17 +104,20 @@ pub struct Connection {
 }
 
 impl Connection {
-    fn new(key: Key, state: State, room: u32) -> Self {
+    fn new(key: Key, kind: SocketType, state: State, room: u32) -> Self {
         Self {
             key,
+            kind,
             state,
-            stream: None,
+            socket: None,
             credit: Credit::new(room),
-            held: VecDeque::new(),
+            held: Held::default(),
             guest_ended: Ended::empty(),
             host_ended: Ended::empty(),
             due: Due::empty(),
             readable: false,
+            in_message: false,
+            broken: false,
             appetite: 1,
             watched: None,
             in_turn: false,
@@ -114,17 +125,17 @@ impl Connection {
     }
 
     /// One that the guest asks for; its socket comes with [`Self::connected`]. `room`: bytes held at most.
-    pub fn requested_by_guest(key: Key, room: u32, request: &Header) -> Self {
-        let mut this = Self::new(key, State::Connecting, room);
+    pub fn requested_by_guest(key: Key, kind: SocketType, room: u32, request: &Header) -> Self {
+        let mut this = Self::new(key, kind, State::Connecting, room);
         // Nothing was sent, so this only fails for a guest that cheats, which will get nothing.
         let _ = this.credit.heard(request);
         this
     }
 
     /// One that the guest is asked for, with the socket of the host's side.
-    pub fn requested_by_host(key: Key, room: u32, stream: Stream) -> Self {
-        let mut this = Self::new(key, State::Requested, room);
-        this.stream = Some(stream);
+    pub fn requested_by_host(key: Key, kind: SocketType, room: u32, socket: Socket) -> Self {
+        let mut this = Self::new(key, kind, State::Requested, room);
+        this.socket = Some(socket);
         this.due = Due::REQUEST;
         this
     }
@@ -132,6 +143,11 @@ impl Connection {
     /// Its ports.
     pub fn key(&self) -> Key {
         self.key
+    }
+
+    /// What it carries.
+    pub fn kind(&self) -> SocketType {
+        self.kind
     }
 
     /// Bytes that it may hold.
@@ -149,14 +165,19 @@ impl Connection {
         self.state == State::Over
     }
 
+    /// Whether it cannot go on.
+    pub fn is_broken(&self) -> bool {
+        self.broken
+    }
+
     /// Whether nothing is left to do.
     pub fn is_done(&self) -> bool {
         self.state == State::Draining && self.held.is_empty()
     }
 
     /// Here is the socket: the guest's request is granted.
-    pub fn connected(&mut self, stream: Stream) {
-        self.stream = Some(stream);
+    pub fn connected(&mut self, socket: Socket) {
+        self.socket = Some(socket);
         self.state = State::Open;
         self.due |= Due::RESPONSE;
     }
@@ -171,7 +192,7 @@ impl Connection {
         }
         match (header.op, self.state) {
             (op::RESPONSE, State::Requested) => self.state = State::Open,
-            (op::RW, State::Open | State::Over) => return self.receive_data(header.len, reader),
+            (op::RW, State::Open | State::Over) => return self.receive_data(header, reader),
             (op::SHUTDOWN, State::Open | State::Over | State::Requested) => {
                 return self.receive_end(Ended::from_bits_truncate(header.flags));
             }
@@ -184,7 +205,8 @@ impl Connection {
         Fate::Stays
     }
 
-    fn receive_data(&mut self, len: u32, reader: &mut Reader<'_>) -> Fate {
+    fn receive_data(&mut self, header: &Header, reader: &mut Reader<'_>) -> Fate {
+        let len = header.len;
         if self.guest_ended.contains(Ended::SEND) || reader.remaining() < len as usize {
             return Fate::Refused;
         }
@@ -192,85 +214,129 @@ impl Connection {
             return e.into();
         }
         let data = Reader::take(reader, len as usize);
-        self.pass_on(&data, len as usize);
+        let fate = if self.socket.is_none() || self.host_ended.contains(Ended::RECEIVE) {
+            // Nobody is there to take it, and the guest is told so.
+            self.credit.forward(len as usize);
+            Fate::Stays
+        } else {
+            match self.kind {
+                SocketType::Stream => {
+                    self.pass_on(&data, len as usize);
+                    Fate::Stays
+                }
+                SocketType::SeqPacket => self.pass_part_on(&data, header),
+            }
+        };
         self.note_credit();
-        Fate::Stays
+        fate
     }
 
     /// Gives the guest's bytes to the socket, and holds what it does not take.
     fn pass_on(&mut self, data: &[VolatileSlice<'_>], len: usize) {
         let mut taken = 0;
-        match &self.stream {
-            Some(stream) if !self.host_ended.contains(Ended::RECEIVE) => {
-                if self.held.is_empty() && len > 0 {
-                    match stream.write(data) {
-                        Write::Taken(n) => taken = n,
-                        Write::Full => {}
-                        Write::Gone => {
-                            self.credit.forward(len);
-                            return self.host_receives_no_more();
-                        }
-                    }
+        if let Some(socket) = &self.socket
+            && self.held.is_empty()
+            && len > 0
+        {
+            match socket.write(data) {
+                Write::Taken(n) => taken = n,
+                Write::Full => {}
+                Write::Gone | Write::TooLong => {
+                    self.credit.forward(len);
+                    return self.host_receives_no_more();
                 }
             }
-            // Nobody is there to take it, and the guest is told so.
-            _ => taken = len,
         }
         self.credit.forward(taken);
-        self.hold(data, taken);
+        self.held.push(data, taken);
         if taken > 0 && taken < len {
             // It took one part and may take more: there is a limit of pieces for one call.
             self.flush();
         }
     }
 
-    /// Keeps all but the first `skip` bytes.
-    fn hold(&mut self, data: &[VolatileSlice<'_>], mut skip: usize) {
-        let mut chunk = [0; 4096];
-        for piece in data {
-            let mut at = skip.min(piece.len());
-            skip -= at;
-            while at < piece.len()
-                && let Ok(part) = piece.subslice(at, chunk.len().min(piece.len() - at))
-            {
-                let n = part.copy_to(&mut chunk[..]);
-                self.held.extend(&chunk[..n]);
-                at += n;
+    /// Gives a message to the socket, or holds this part of it.
+    fn pass_part_on(&mut self, data: &[VolatileSlice<'_>], header: &Header) -> Fate {
+        let len = header.len;
+        let is_end = header.flags & END_OF_MESSAGE != 0;
+        let end_of_record = header.flags & END_OF_RECORD != 0;
+        let was_waiting = self.held.is_waiting();
+        if let Some(socket) = &self.socket
+            && is_end
+            && self.held.is_empty()
+            && data.len() <= MAX_PIECES
+        {
+            match socket.send(Contents::Guest(data), end_of_record) {
+                Write::Full => {}
+                answer => {
+                    self.credit.forward(len as usize);
+                    self.sent(answer);
+                    return Fate::Stays;
+                }
             }
         }
+        if !self.held.push_part(data, is_end, end_of_record) {
+            return Fate::Refused;
+        }
+        if is_end && !was_waiting {
+            self.flush();
+        }
+        Fate::Stays
     }
 
-    /// Gives held bytes to the socket. Returns whether it took any, or none are left to take.
-    pub fn flush(&mut self) -> bool {
-        let before = self.held.len();
-        while !self.held.is_empty()
-            && let Some(stream) = &self.stream
+    /// What became of a message; false when the socket takes no more now.
+    fn sent(&mut self, answer: Write) -> bool {
+        match answer {
+            Write::Taken(_) => {}
+            Write::Full => return false,
+            Write::Gone => self.host_receives_no_more(),
+            Write::TooLong => {
+                tracing::warn!("vsock: a connection is dropped: its message is too long for a socket here");
+                self.broken = true;
+                self.host_receives_no_more();
+            }
+        }
+        true
+    }
+
+    /// Gives held bytes to the socket.
+    pub fn flush(&mut self) {
+        while self.held.is_waiting()
+            && let Some(socket) = &self.socket
         {
-            match stream.write_bytes(self.held.as_slices().0) {
+            if let Some((message, a, b)) = self.held.first() {
+                let answer = socket.send(Contents::Own(a, b), message.end_of_record);
+                if !self.sent(answer) {
+                    break;
+                }
+                let len = self.held.pop();
+                self.credit.forward(len);
+                continue;
+            }
+            match socket.write_bytes(self.held.bytes()) {
                 Write::Taken(n) => {
-                    self.held.drain(..n);
+                    self.held.advance(n);
                     self.credit.forward(n);
                 }
                 Write::Full => break,
-                Write::Gone => self.host_receives_no_more(),
+                Write::Gone | Write::TooLong => self.host_receives_no_more(),
             }
         }
         if self.held.is_empty() {
             // Memory is for those that need it.
-            self.held = VecDeque::new();
+            self.held.clear();
             if self.guest_ended.contains(Ended::SEND)
-                && let Some(stream) = &self.stream
+                && let Some(socket) = &self.socket
             {
-                stream.end_sending();
+                socket.end_sending();
             }
         }
         self.note_credit();
-        self.held.is_empty() || self.held.len() < before
     }
 
     pub(super) fn host_receives_no_more(&mut self) {
-        self.credit.forward(self.held.len());
-        self.held.clear();
+        let dropped = self.held.clear();
+        self.credit.forward(dropped);
         self.host_ends(Ended::RECEIVE);
     }
 
@@ -282,7 +348,7 @@ impl Connection {
     }
 
     fn note_credit(&mut self) {
-        if self.state == State::Open && self.credit.is_update_due() {
+        if self.state == State::Open && self.credit.is_update_due(self.held.is_partial()) {
             self.due |= Due::CREDIT;
         }
     }
@@ -294,28 +360,38 @@ impl Connection {
         if self.guest_ended.is_all() {
             return Fate::Finished;
         }
-        if new.contains(Ended::SEND) && self.held.is_empty() {
-            self.flush();
+        if new.contains(Ended::SEND) {
+            self.end_partial();
+            if !self.held.is_waiting() {
+                self.flush();
+            }
         }
         if new.contains(Ended::RECEIVE) {
             self.readable = false;
-            if let Some(stream) = &self.stream {
-                stream.end_receiving();
+            if let Some(socket) = &self.socket {
+                socket.end_receiving();
             }
         }
         Fate::Stays
+    }
+
+    /// There will be no more of a message that is not complete.
+    fn end_partial(&mut self) {
+        let dropped = self.held.drop_partial();
+        self.credit.forward(dropped);
     }
 
     /// The guest is done: only what it sent before is still to be passed on.
     pub fn drain(&mut self) {
         self.state = State::Draining;
         (self.due, self.readable) = (Due::empty(), false);
+        self.end_partial();
         self.flush();
     }
 
     /// The socket is ready for what it was watched for.
     pub fn ready(&mut self, readable: bool, writable: bool) {
-        if writable && !self.held.is_empty() {
+        if writable && self.held.is_waiting() {
             self.flush();
         }
         self.readable |= readable && self.may_read();
@@ -323,7 +399,7 @@ impl Connection {
 
     pub(super) fn may_read(&self) -> bool {
         self.state == State::Open
-            && self.stream.is_some()
+            && self.socket.is_some()
             && !self.host_ended.contains(Ended::SEND)
             && !self.guest_ended.contains(Ended::RECEIVE)
     }
@@ -331,7 +407,7 @@ impl Connection {
     /// What to wait for on the socket: nothing that could not be dealt with at once.
     fn interest(&self) -> Option<Interest> {
         let read = self.may_read() && !self.readable && self.credit.left() > 0;
-        let write = !self.held.is_empty();
+        let write = self.held.is_waiting();
         match (read, write) {
             (true, true) => Some(Interest::Both),
             (true, false) => Some(Interest::Read),
@@ -346,17 +422,17 @@ impl Connection {
     /// The host cannot watch it.
     pub fn settle(&mut self, cx: &Cx<'_>, token: u64) -> io::Result<()> {
         let wanted = self.interest();
-        let Some(stream) = &self.stream else { return Ok(()) };
+        let Some(socket) = &self.socket else { return Ok(()) };
         if self.watched != wanted {
             match (self.watched, wanted) {
-                (_, None) => cx.unwatch(stream)?,
-                (None, Some(interest)) => cx.watch(stream, token, interest)?,
-                (Some(_), Some(interest)) => cx.rewatch(stream, token, interest)?,
+                (_, None) => cx.unwatch(socket)?,
+                (None, Some(interest)) => cx.watch(socket, token, interest)?,
+                (Some(_), Some(interest)) => cx.rewatch(socket, token, interest)?,
             }
             self.watched = wanted;
         }
         if self.state == State::Over {
-            self.stream = None;
+            self.socket = None;
         }
         Ok(())
     }
@@ -364,20 +440,20 @@ impl Connection {
     /// Ends the watch before the socket is closed.
     pub fn unwatch(&mut self, cx: &Cx<'_>) {
         if self.watched.take().is_some()
-            && let Some(stream) = &self.stream
+            && let Some(socket) = &self.socket
         {
             // It was watched, so this cannot fail; and closing it does the same.
-            let _ = cx.unwatch(stream);
+            let _ = cx.unwatch(socket);
         }
     }
 
     /// Whether bytes of the guest's are held.
     pub fn is_holding(&self) -> bool {
-        !self.held.is_empty()
+        self.held.is_waiting()
     }
 
     /// The socket.
     pub fn socket(&self) -> Option<&impl AsFd> {
-        self.stream.as_ref()
+        self.socket.as_ref()
     }
 }

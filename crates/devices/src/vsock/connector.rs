@@ -5,18 +5,27 @@ use std::io;
 use std::path::PathBuf;
 use std::time::{Duration, Instant};
 
-use super::stream::Stream;
+use super::socket::Socket;
+use super::spec::SocketType;
 
 /// How long a connection may wait for the program at the path to accept others. A guest's Linux waits for two seconds
 /// unless told otherwise.
 const PATIENCE: Duration = Duration::from_secs(10);
 
+/// A connection that is not made yet.
+#[derive(Debug)]
+struct Waiting {
+    id: u32,
+    kind: SocketType,
+    since: Instant,
+}
+
 /// Connects, in the order of the guest's requests.
 #[derive(Debug)]
 pub struct Connector {
     path: PathBuf,
-    /// Connections that are not made yet, and since when.
-    waiting: VecDeque<(u32, Instant)>,
+    /// Connections that are not made yet.
+    waiting: VecDeque<Waiting>,
 }
 
 impl Connector {
@@ -25,12 +34,12 @@ impl Connector {
         Self { path, waiting: VecDeque::new() }
     }
 
-    /// Puts connection `id` last. When there are `limit` others, those that are not `wanted` any more are dropped.
-    pub fn push(&mut self, id: u32, limit: usize, wanted: impl Fn(u32) -> bool) {
+    /// Puts connection `id` of this type last. When there are `limit` others, those that are not `wanted` any more are dropped.
+    pub fn push(&mut self, id: u32, kind: SocketType, limit: usize, wanted: impl Fn(u32) -> bool) {
         if self.waiting.len() >= limit {
-            self.waiting.retain(|(id, _)| wanted(*id));
+            self.waiting.retain(|w| wanted(w.id));
         }
-        self.waiting.push_back((id, Instant::now()));
+        self.waiting.push_back(Waiting { id, kind, since: Instant::now() });
     }
 
     /// Forgets all that wait.
@@ -45,13 +54,13 @@ impl Connector {
 
     /// Connects the first that is `wanted` still, and says how that went; `None` when nobody waits, or the program has
     /// as many connections to accept as fit.
-    pub fn next(&mut self, wanted: impl Fn(u32) -> bool) -> Option<(u32, io::Result<Stream>)> {
-        while let Some(&(id, since)) = self.waiting.front() {
-            let result = match wanted(id).then(|| Stream::connect(&self.path)) {
+    pub fn next(&mut self, wanted: impl Fn(u32) -> bool) -> Option<(u32, io::Result<Socket>)> {
+        while let Some(&Waiting { id, kind, since }) = self.waiting.front() {
+            let result = match wanted(id).then(|| Socket::connect(&self.path, kind)) {
                 None => None,
                 Some(Ok(None)) if since.elapsed() < PATIENCE => return None,
                 Some(Ok(None)) => Some(Err(io::ErrorKind::TimedOut.into())),
-                Some(Ok(Some(stream))) => Some(Ok(stream)),
+                Some(Ok(Some(socket))) => Some(Ok(socket)),
                 Some(Err(e)) => Some(Err(e)),
             };
             self.waiting.pop_front();

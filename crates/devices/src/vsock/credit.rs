@@ -58,10 +58,12 @@ impl Credit {
     }
 
     /// Whether the guest should be told that there is room again: it knows of less than half, and a quarter can be added.
-    /// When nothing is held this is so at the latest when the guest believes in half, so it never waits in vain.
-    pub fn is_update_due(&self) -> bool {
+    /// When nothing is held this is so at the latest when the guest believes in half, so it never waits in vain. While a
+    /// message is `incomplete`, which is held until its end has come, there may be no quarter to add, and anything counts.
+    pub fn is_update_due(&self, incomplete: bool) -> bool {
         let known = self.room.saturating_sub(self.received.wrapping_sub(self.told));
-        known < self.room / 2 && self.forwarded.wrapping_sub(self.told) >= self.room / 4
+        let more = self.forwarded.wrapping_sub(self.told);
+        known < self.room / 2 && more > 0 && (incomplete || more >= self.room / 4)
     }
 
     /// Fills in what the guest should know.
@@ -85,6 +87,11 @@ impl Credit {
             self.taken = header.fwd_cnt;
         }
         Ok(())
+    }
+
+    /// Bytes for which the guest has room when its user has taken all.
+    pub fn guest_room(&self) -> u32 {
+        self.guest_room
     }
 
     /// Bytes that may be sent to the guest.
@@ -113,16 +120,28 @@ mod tests {
         assert_eq!(c.receive(401), Err(Violation));
         assert_eq!(c.receive(u32::MAX), Err(Violation));
         c.receive(400).unwrap();
-        assert!(!c.is_update_due());
+        assert!(!c.is_update_due(false));
         c.forward(249);
-        assert!(!c.is_update_due());
+        assert!(!c.is_update_due(false));
         c.forward(1);
-        assert!(c.is_update_due());
+        assert!(c.is_update_due(false));
         let mut header = Header::default();
         c.stamp(&mut header);
-        assert_eq!((header.buf_alloc, header.fwd_cnt, c.is_update_due()), (1000, 250, false));
+        assert_eq!((header.buf_alloc, header.fwd_cnt, c.is_update_due(false)), (1000, 250, false));
         assert_eq!(c.receive(251), Err(Violation));
         c.receive(250).unwrap();
+    }
+
+    #[test]
+    fn an_incomplete_message_may_fill_the_room() {
+        let mut c = Credit::new(1000);
+        c.receive(100).unwrap();
+        c.forward(100);
+        c.receive(900).unwrap();
+        assert!(!c.is_update_due(false) && c.is_update_due(true));
+        c.stamp(&mut Header::default());
+        assert!(!c.is_update_due(true), "there is nothing new");
+        c.receive(100).unwrap();
     }
 
     #[test]
@@ -132,7 +151,7 @@ mod tests {
         for n in 1..=10_000u32 {
             c.receive(1 << 20).unwrap();
             c.forward(1 << 20);
-            assert!(c.is_update_due());
+            assert!(c.is_update_due(false));
             c.stamp(&mut Header::default());
             assert_eq!(c.left(), 1 << 20);
             c.send(1 << 20);

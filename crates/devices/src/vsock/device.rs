@@ -3,18 +3,18 @@
 use std::collections::{BTreeMap, VecDeque};
 use std::os::fd::{AsFd, RawFd};
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use krun_event::{Interest, Ready};
 use krun_virtio::{Chain, ConfigSpace, Cx, DeviceError, DeviceInfo, Reader, VirtioDevice};
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 
 use super::buffers::Buffers;
-use super::connection::{Fate, Key};
+use super::connection::{Connection, Fate, Key};
 use super::connector::Connector;
 use super::listener::Listener;
-use super::packet::{HOST_CID, Header, STREAM, op};
-use super::spec::{Direction, VsockError, VsockSpec};
+use super::packet::{HOST_CID, Header, op};
+use super::spec::{Direction, SocketType, VsockError, VsockSpec};
 use super::table::Table;
 use crate::sys::{Timer, descriptors_for_guests};
 
@@ -33,8 +33,16 @@ const FIRST_CONNECTION: u64 = 1 << 31;
 const MAX_RESETS: usize = 1 << 16;
 /// Packets of one connection after which another has its turn.
 const BURST: usize = 64;
-/// How long the end waits for a program of the host that takes nothing.
-const DRAIN_PATIENCE: Duration = Duration::from_secs(2);
+/// How long the end waits for programs of the host that have not taken all.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Patience {
+    /// While they take nothing.
+    pub(super) idle: Duration,
+    /// In all.
+    pub(super) all: Duration,
+}
+
+const PATIENCE: Patience = Patience { idle: Duration::from_secs(2), all: Duration::from_secs(10) };
 
 /// `le64 guest_cid` (virtio 1.2, section 5.10.4).
 #[derive(Debug)]
@@ -52,15 +60,28 @@ impl ConfigSpace for Config {
     }
 }
 
-/// Fills in what is the same in all packets of connections.
-fn to_guest(cid: u64, header: Header) -> Header {
-    Header { src_cid: HOST_CID, dst_cid: cid, kind: STREAM, ..header }
+/// Feature VIRTIO_VSOCK_F_STREAM, which drivers that know no features take for granted.
+const F_STREAM: u32 = 0;
+/// Feature VIRTIO_VSOCK_F_SEQPACKET.
+const F_SEQPACKET: u32 = 1;
+
+/// Whether the guest's driver has such sockets.
+pub(super) fn serves(cx: &Cx<'_>, kind: SocketType) -> bool {
+    kind == SocketType::Stream || cx.has_feature(F_SEQPACKET)
 }
 
 /// The end of a connection.
-pub(super) fn reset(cid: u64, key: Key) -> Header {
-    let (src_port, dst_port) = (key.host_port, key.guest_port);
-    to_guest(cid, Header { op: op::RST, src_port, dst_port, ..Header::default() })
+pub(super) fn reset(cid: u64, connection: &Connection) -> Header {
+    let Key { host_port, guest_port } = connection.key();
+    Header {
+        src_cid: HOST_CID,
+        dst_cid: cid,
+        src_port: host_port,
+        dst_port: guest_port,
+        kind: connection.kind().kind(),
+        op: op::RST,
+        ..Header::default()
+    }
 }
 
 /// A virtio socket device.
@@ -79,6 +100,7 @@ pub struct Vsock {
     pub(super) touched: Vec<u32>,
     pub(super) timer: Timer,
     pub(super) timing: bool,
+    pub(super) patience: Patience,
     /// Sockets of connections have numbers below this.
     pub(super) top: RawFd,
 }
@@ -114,6 +136,7 @@ impl Vsock {
             touched: Vec::new(),
             timer,
             timing: false,
+            patience: PATIENCE,
             top: RawFd::MAX,
         })
     }
@@ -140,10 +163,13 @@ impl Vsock {
             return;
         }
         let key = Key { host_port: header.dst_port, guest_port: header.src_port };
-        let is_ours = header.dst_cid == HOST_CID && header.kind == STREAM;
-        match self.table.find(&key).filter(|_| is_ours) {
-            Some(id) => self.known(id, &header, &mut reader, cx),
-            None if is_ours && header.op == op::REQUEST => self.request(key, &header),
+        let kind = SocketType::of_kind(header.kind).filter(|kind| serves(cx, *kind));
+        let Some(kind) = kind.filter(|_| header.dst_cid == HOST_CID) else {
+            return self.refuse(&header);
+        };
+        match self.table.find(&key) {
+            Some(id) => self.known(id, kind, &header, &mut reader, cx),
+            None if header.op == op::REQUEST => self.request(key, kind, &header),
             None => self.refuse(&header),
         }
     }
@@ -153,13 +179,16 @@ impl Vsock {
     }
 
     /// A packet of a connection.
-    fn known(&mut self, id: u32, header: &Header, reader: &mut Reader<'_>, cx: &Cx<'_>) {
+    fn known(&mut self, id: u32, kind: SocketType, header: &Header, reader: &mut Reader<'_>, cx: &Cx<'_>) {
         let Some(connection) = self.table.get_mut(id) else { return };
         if header.op == op::REQUEST && connection.is_over() {
             // The guest has forgotten it and uses its port again.
             let key = connection.key();
             self.remove(id, cx);
-            return self.request(key, header);
+            return self.request(key, kind, header);
+        }
+        if connection.kind() != kind {
+            return self.refuse(header);
         }
         match connection.receive(header, reader) {
             Fate::Stays => self.touch(id),
@@ -216,11 +245,14 @@ impl Vsock {
         if let Some(reset) = self.resets.pop_front() {
             return packets.push(reset);
         }
-        let cid = self.config.cid;
         while packets.is_empty()
             && let Some((id, connection)) = self.table.first()
         {
             connection.next_packets(buffers, packets);
+            for header in &mut *packets {
+                (header.src_cid, header.dst_cid) = (HOST_CID, self.config.cid);
+                header.kind = connection.kind().kind();
+            }
             *burst += packets.len();
             if packets.is_empty() || *burst >= BURST || !connection.wants_turn() {
                 *burst = 0;
@@ -228,7 +260,6 @@ impl Vsock {
                 self.touched.push(id);
             }
         }
-        packets.iter_mut().for_each(|header| *header = to_guest(cid, *header));
     }
 
     /// After every event: what is due goes to the guest, and sockets are watched for what is wanted now.
@@ -239,27 +270,47 @@ impl Vsock {
             self.take(cx)?;
             self.deliver(cx)?;
         }
-        while let Some(id) = self.touched.pop() {
-            let Some(connection) = self.table.get_mut(id) else { continue };
-            if connection.is_done() {
-                self.remove(id, cx);
-            } else if let Err(e) = connection.settle(cx, FIRST_CONNECTION + u64::from(id)) {
-                tracing::warn!("vsock: a connection is dropped as its socket cannot be watched: {e}");
-                self.resets.push_back(reset(self.config.cid, connection.key()));
-                self.remove(id, cx);
-            }
+        // Each round but the last ends a connection.
+        while self.settle(cx) {
+            self.deliver(cx)?;
         }
         Ok(())
     }
 
-    /// Waits until a socket takes something of what is held; false when none does.
-    fn wait_for_room(&mut self) -> bool {
+    /// Watches what is wanted now of the connections that something changed for. Whether some of them ended, and the guest
+    /// is to be told.
+    fn settle(&mut self, cx: &Cx<'_>) -> bool {
+        let before = self.resets.len();
+        while let Some(id) = self.touched.pop() {
+            let Some(connection) = self.table.get_mut(id) else { continue };
+            if connection.is_done() {
+                self.remove(id, cx);
+            } else if connection.is_broken() {
+                self.resets.push_back(reset(self.config.cid, connection));
+                self.remove(id, cx);
+            } else if let Err(e) = connection.settle(cx, FIRST_CONNECTION + u64::from(id)) {
+                tracing::warn!("vsock: a connection is dropped as its socket cannot be watched: {e}");
+                self.resets.push_back(reset(self.config.cid, connection));
+                self.remove(id, cx);
+            }
+        }
+        self.resets.len() > before
+    }
+
+    /// Waits until a socket takes something of what is held; false when none does, or it is `end`.
+    fn wait_for_room(&mut self, end: Instant) -> bool {
         let sockets = self.table.iter_mut().filter(|c| c.is_holding());
         let mut fds: Vec<_> = sockets
             .filter_map(|c| c.socket().map(|s| PollFd::from_borrowed_fd(s.as_fd(), PollFlags::OUT)))
             .collect();
-        let patience = Timespec { tv_sec: DRAIN_PATIENCE.as_secs() as i64, tv_nsec: 0 };
-        !fds.is_empty() && poll(&mut fds, Some(&patience)).is_ok_and(|n| n > 0)
+        let left = end.saturating_duration_since(Instant::now()).min(self.patience.idle);
+        let Ok(timeout) = Timespec::try_from(left) else { return false };
+        let goes_on =
+            !fds.is_empty() && !left.is_zero() && poll(&mut fds, Some(&timeout)).is_ok_and(|n| n > 0);
+        if !goes_on && !fds.is_empty() {
+            tracing::warn!("vsock: {} connections end with data that no program of the host took", fds.len());
+        }
+        goes_on
     }
 }
 
@@ -268,8 +319,7 @@ impl VirtioDevice for Vsock {
         DeviceInfo {
             id: Self::ID,
             name: "vsock".into(),
-            // VIRTIO_VSOCK_F_STREAM, which drivers that know no features take for granted.
-            features: 1,
+            features: 1 << F_STREAM | 1 << F_SEQPACKET,
             queue_sizes: QUEUE_SIZES.to_vec(),
             shm: Vec::new(),
         }
@@ -312,7 +362,8 @@ impl VirtioDevice for Vsock {
         // What the guest is told now it does not hear.
         self.resets.clear();
         self.take(cx)?;
-        while self.wait_for_room() {
+        let end = Instant::now() + self.patience.all;
+        while self.wait_for_room(end) {
             for connection in self.table.iter_mut().filter(|c| c.is_holding()) {
                 connection.flush();
             }

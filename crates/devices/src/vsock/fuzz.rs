@@ -5,21 +5,33 @@
 
 use std::io::{Read, Write};
 use std::net::Shutdown;
+use std::os::fd::OwnedFd;
 use std::os::unix::net::{UnixListener, UnixStream};
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::time::Duration;
 
 use krun_virtio::DeviceError;
 use krun_virtio::mock::Harness;
+use rustix::net::{AddressFamily, SocketAddrUnix, SocketFlags, accept_with, socket_with};
 
-use super::packet::{Header, STREAM, op};
-use super::{Direction, PortSpec, Vsock, VsockSpec};
+use super::packet::{Header, SEQPACKET, STREAM, op};
+use super::{Direction, PortSpec, SocketType, Vsock, VsockSpec};
 
 const RX: usize = 0;
 const TX: usize = 1;
 const TO_HOST: u32 = 1;
 const TO_GUEST: u32 = 2;
+
+fn packet_socket() -> OwnedFd {
+    let flags = SocketFlags::CLOEXEC | SocketFlags::NONBLOCK;
+    socket_with(AddressFamily::UNIX, rustix::net::SocketType::SEQPACKET, flags, None).unwrap()
+}
+
+fn dial_packets(path: &Path) -> Option<OwnedFd> {
+    let socket = packet_socket();
+    rustix::net::connect(&socket, &SocketAddrUnix::new(path).ok()?).ok().map(|()| socket)
+}
 
 /// A directory that goes away with the value.
 struct Dir(PathBuf);
@@ -64,6 +76,8 @@ impl<'a> Input<'a> {
 struct World {
     h: Harness,
     listener: UnixListener,
+    packets: OwnedFd,
+    /// Of both types: what is done with them is the same.
     streams: Vec<UnixStream>,
     /// Port of the device's last connection to the guest.
     called: u32,
@@ -73,16 +87,29 @@ struct World {
 impl World {
     fn new() -> Self {
         let dir = Dir::new();
-        let port = |port, name: &str, direction| PortSpec { port, path: dir.0.join(name), direction };
+        let port = |port, name: &str, direction| PortSpec {
+            port,
+            path: dir.0.join(name),
+            direction,
+            socket: SocketType::Stream,
+        };
         let ports = vec![
             port(TO_HOST, "host", Direction::FromGuest),
             port(TO_HOST + 9, "nobody", Direction::FromGuest),
+            port(TO_HOST + 1, "packets", Direction::FromGuest),
             port(TO_GUEST, "guest", Direction::FromHost),
+            PortSpec {
+                socket: SocketType::SeqPacket,
+                ..port(TO_GUEST + 1, "guest-packets", Direction::FromHost)
+            },
         ];
+        let packets = packet_socket();
+        rustix::net::bind(&packets, &SocketAddrUnix::new(dir.0.join("packets")).unwrap()).unwrap();
+        rustix::net::listen(&packets, 64).unwrap();
         let listener = UnixListener::bind(dir.0.join("host")).unwrap();
         listener.set_nonblocking(true).unwrap();
         let device = Vsock::new(VsockSpec { ports, max_connections: 5, ..VsockSpec::default() }).unwrap();
-        Self { h: Harness::new(device), listener, streams: Vec::new(), called: 0, dir }
+        Self { h: Harness::new(device), listener, packets, streams: Vec::new(), called: 0, dir }
     }
 
     /// A packet that is nearly right.
@@ -91,13 +118,13 @@ impl World {
         let header = Header {
             src_cid: u64::from(input.value([3, 3, 3, 4])),
             dst_cid: u64::from(input.value([2, 2, 2, 3])),
-            src_port: input.value([5, 6, TO_GUEST, 7]),
-            dst_port: input.value([TO_HOST, TO_HOST, self.called, u32::MAX]),
+            src_port: input.value([5, 6, TO_GUEST, TO_GUEST + 1]),
+            dst_port: input.value([TO_HOST, TO_HOST + 1, self.called, u32::MAX]),
             len: match input.value([0, 0, 1, u32::MAX]) {
                 0 => u32::from(data),
                 other => other,
             },
-            kind: input.value([1, 1, 1, 3]) as u16,
+            kind: input.value([1, 2, 2, 3]) as u16,
             op: u16::from(input.u8() % 10),
             flags: input.value([0, 1, 2, 3]),
             buf_alloc: input.value([1 << 18, 0, 100, u32::MAX]),
@@ -118,10 +145,11 @@ impl World {
 
     fn host(&mut self, what: u8, which: u8) {
         if what < 2 {
-            let new = if what == 0 {
-                self.listener.accept().ok().map(|a| a.0)
-            } else {
-                UnixStream::connect(self.dir.0.join("guest")).ok()
+            let new = match (what, which & 1) {
+                (0, 0) => self.listener.accept().ok().map(|a| a.0),
+                (0, _) => accept_with(&self.packets, SocketFlags::CLOEXEC).ok().map(UnixStream::from),
+                (_, 0) => UnixStream::connect(self.dir.0.join("guest")).ok(),
+                _ => dial_packets(&self.dir.0.join("guest-packets")).map(UnixStream::from),
             };
             self.streams.extend(new.inspect(|s| s.set_nonblocking(true).unwrap()));
             return;
@@ -177,7 +205,8 @@ impl World {
                 let (header, data) = Header::split(&used.data);
                 assert_eq!(header.len as usize, data.len());
                 assert!((op::REQUEST..=op::CREDIT_UPDATE).contains(&header.op));
-                assert!(header.kind == STREAM || header.op == op::RST);
+                assert!([STREAM, SEQPACKET].contains(&header.kind) || header.op == op::RST);
+                assert!(header.flags == 0 || [op::SHUTDOWN, op::RW].contains(&header.op));
                 if header.op == op::REQUEST {
                     self.called = header.src_port;
                 }

@@ -2,20 +2,25 @@
 
 use std::fs;
 use std::io;
-use std::os::fd::{AsFd, BorrowedFd};
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::os::unix::ffi::OsStrExt;
 use std::os::unix::fs::{FileTypeExt, MetadataExt};
-use std::os::unix::net::UnixListener;
 use std::path::{Path, PathBuf};
 
 use rustix::io::Errno;
+use rustix::net::{AddressFamily, SocketAddrUnix, SocketFlags, accept_with, bind, listen, socket_with};
 
-use super::spec::{PortSpec, VsockError};
-use super::stream::Stream;
+use super::socket::Socket;
+use super::spec::{PortSpec, SocketType, VsockError};
+
+/// Connections that may wait to be accepted: as many as the host lets wait.
+const BACKLOG: i32 = i32::MAX;
 
 /// A socket of our own, which goes away with the value, and its file with it.
 #[derive(Debug)]
 pub struct Listener {
-    socket: UnixListener,
+    socket: OwnedFd,
+    kind: SocketType,
     /// Port of the guest.
     port: u32,
     path: PathBuf,
@@ -44,7 +49,7 @@ pub fn check_path(path: &Path) -> Result<Option<(u64, u64)>, VsockError> {
     if !file.file_type().is_socket() {
         return occupied("a file is there that is no socket; remove it, or name another path");
     }
-    match Stream::connect(path) {
+    match Socket::connect(path, SocketType::Stream) {
         Err(e) if e.raw_os_error() == Some(Errno::CONNREFUSED.raw_os_error()) => {
             Ok(Some((file.dev(), file.ino())))
         }
@@ -58,6 +63,14 @@ pub fn check_path(path: &Path) -> Result<Option<(u64, u64)>, VsockError> {
 
 fn identity(path: &Path) -> io::Result<(u64, u64)> {
     fs::symlink_metadata(path).map(|file| (file.dev(), file.ino()))
+}
+
+fn create(path: &Path, kind: SocketType) -> io::Result<OwnedFd> {
+    let flags = SocketFlags::CLOEXEC | SocketFlags::NONBLOCK;
+    let socket = socket_with(AddressFamily::UNIX, kind.of_host(), flags, None)?;
+    bind(&socket, &SocketAddrUnix::new(path.as_os_str().as_bytes())?)?;
+    listen(&socket, BACKLOG)?;
+    Ok(socket)
 }
 
 impl Listener {
@@ -75,18 +88,21 @@ impl Listener {
             }
         }
         let fail = |e| host("creating the socket", path, e);
-        let socket = UnixListener::bind(path).map_err(fail)?;
+        let socket = create(path, spec.socket).map_err(fail)?;
         let file = identity(path).map_err(fail)?;
         // The working directory may be another one at the end.
         let path = std::path::absolute(path).map_err(fail)?;
-        let this = Self { socket, port: spec.port, path, file, paused: false };
-        this.socket.set_nonblocking(true).map_err(|e| host("setting up the socket", &this.path, e))?;
-        Ok(this)
+        Ok(Self { socket, kind: spec.socket, port: spec.port, path, file, paused: false })
     }
 
     /// Port of the guest.
     pub fn port(&self) -> u32 {
         self.port
+    }
+
+    /// What its connections carry.
+    pub fn kind(&self) -> SocketType {
+        self.kind
     }
 
     /// Where it is.
@@ -98,17 +114,13 @@ impl Listener {
     ///
     /// # Errors
     /// The host's: no descriptor is left, in practice.
-    pub fn accept(&self) -> io::Result<Option<Stream>> {
+    pub fn accept(&self) -> io::Result<Option<Socket>> {
         loop {
-            match self.socket.accept() {
-                Ok((socket, _)) => {
-                    socket.set_nonblocking(true)?;
-                    return Ok(Some(Stream::new(socket)));
-                }
-                Err(e) if e.kind() == io::ErrorKind::WouldBlock => return Ok(None),
-                Err(e)
-                    if matches!(e.kind(), io::ErrorKind::Interrupted | io::ErrorKind::ConnectionAborted) => {}
-                Err(e) => return Err(e),
+            match accept_with(&self.socket, SocketFlags::CLOEXEC | SocketFlags::NONBLOCK) {
+                Ok(socket) => return Socket::of_type(socket, self.kind).map(Some),
+                Err(Errno::AGAIN) => return Ok(None),
+                Err(Errno::INTR | Errno::CONNABORTED) => {}
+                Err(e) => return Err(e.into()),
             }
         }
     }
@@ -135,10 +147,15 @@ impl Drop for Listener {
 mod tests {
     use super::*;
     use crate::vsock::Direction;
-    use std::os::unix::net::{UnixDatagram, UnixStream};
+    use std::os::unix::net::{UnixDatagram, UnixListener, UnixStream};
 
     fn spec(path: &Path) -> PortSpec {
-        PortSpec { port: 1, path: path.to_owned(), direction: Direction::FromHost }
+        PortSpec {
+            port: 1,
+            path: path.to_owned(),
+            direction: Direction::FromHost,
+            socket: SocketType::Stream,
+        }
     }
 
     #[test]
@@ -177,6 +194,20 @@ mod tests {
         }
         let error = Listener::bind(&spec(&at("no/such"))).unwrap_err();
         assert!(error.to_string().contains("creating the socket"), "{error}");
+    }
+
+    #[test]
+    fn sockets_of_messages_are_looked_at_as_those_of_streams() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("s");
+        let packets = PortSpec { socket: SocketType::SeqPacket, ..spec(&path) };
+        drop(create(&path, SocketType::SeqPacket).unwrap());
+        let listener = Listener::bind(&packets).unwrap();
+        let error = Listener::bind(&spec(&path)).unwrap_err();
+        assert!(error.to_string().contains("a program listens there"), "{error}");
+        assert!(UnixStream::connect(&path).is_err());
+        assert!(Socket::connect(&path, SocketType::SeqPacket).unwrap().is_some());
+        assert!(listener.accept().unwrap().is_some());
     }
 
     #[test]

@@ -7,9 +7,10 @@ use krun_event::Interest;
 use krun_virtio::{Cx, DeviceError};
 
 use super::connection::{Connection, Key};
-use super::device::{FIRST_LISTENER, Vsock, reset};
+use super::device::{FIRST_LISTENER, Vsock, reset, serves};
 use super::packet::Header;
-use super::stream::Stream;
+use super::socket::Socket;
+use super::spec::SocketType;
 
 /// Connections accepted before others have their turn.
 const ACCEPT_BATCH: u32 = 64;
@@ -19,7 +20,7 @@ const RETRY_AFTER: Duration = Duration::from_millis(20);
 
 impl Vsock {
     /// The guest wants to connect.
-    pub(super) fn request(&mut self, key: Key, header: &Header) {
+    pub(super) fn request(&mut self, key: Key, kind: SocketType, header: &Header) {
         let Some(connector) = self.connectors.get_mut(&key.host_port) else {
             return self.refuse(header);
         };
@@ -27,11 +28,12 @@ impl Vsock {
             tracing::debug!("vsock: a connection to port {} is one too many", key.host_port);
             return self.refuse(header);
         }
-        let connection = Connection::requested_by_guest(key, self.table.room(), header);
+        let connection = Connection::requested_by_guest(key, kind, self.table.room(), header);
         let id = self.table.insert(connection);
         let table = &self.table;
         // Each of those that are wanted is a connection.
-        connector.push(id, 2 * table.limit(), |id| table.get(id).is_some_and(Connection::is_connecting));
+        let wanted = |id| table.get(id).is_some_and(Connection::is_connecting);
+        connector.push(id, kind, 2 * table.limit(), wanted);
         self.connect(key.host_port);
     }
 
@@ -44,14 +46,14 @@ impl Vsock {
             let next = connector.next(|id| table.get(id).is_some_and(Connection::is_connecting));
             let Some((id, result)) = next else { break };
             match (self.table.get_mut(id), result) {
-                (Some(connection), Ok(stream)) if stream.as_fd().as_raw_fd() < self.top => {
-                    connection.connected(stream);
+                (Some(connection), Ok(socket)) if socket.as_fd().as_raw_fd() < self.top => {
+                    connection.connected(socket);
                     self.table.line_up(id);
                     self.touched.push(id);
                 }
                 _ => {
                     if let Some(connection) = self.table.remove(id) {
-                        self.resets.push_back(reset(cid, connection.key()));
+                        self.resets.push_back(reset(cid, &connection));
                     }
                 }
             }
@@ -62,24 +64,26 @@ impl Vsock {
     }
 
     /// Asks the guest for a connection with one that was accepted.
-    fn call_guest(&mut self, guest_port: u32, stream: Stream) {
+    fn call_guest(&mut self, guest_port: u32, kind: SocketType, socket: Socket) {
         let key = Key { host_port: self.table.free_port(guest_port), guest_port };
-        let connection = Connection::requested_by_host(key, self.table.room(), stream);
+        let connection = Connection::requested_by_host(key, kind, self.table.room(), socket);
         let id = self.table.insert(connection);
         self.touch(id);
     }
 
     pub(super) fn accept(&mut self, index: usize, cx: &Cx<'_>) {
         let Some(listener) = self.listeners.get(index) else { return };
-        let port = listener.port();
+        let (port, kind) = (listener.port(), listener.kind());
         for _ in 0..ACCEPT_BATCH {
             if self.table.is_full() {
                 return self.pause(index, cx);
             }
             match self.listeners[index].accept() {
-                Ok(Some(stream)) => {
-                    let last = stream.as_fd().as_raw_fd() >= self.top;
-                    self.call_guest(port, stream);
+                // The guest's driver knows no such sockets, so nobody can listen there.
+                Ok(Some(_)) if !serves(cx, kind) => {}
+                Ok(Some(socket)) => {
+                    let last = socket.as_fd().as_raw_fd() >= self.top;
+                    self.call_guest(port, kind, socket);
                     if last {
                         return self.pause(index, cx);
                     }

@@ -2,8 +2,9 @@
 
 use super::buffers::Buffers;
 use super::connection::{Connection, Due, State};
-use super::packet::{Ended, Header, op};
-use super::stream::Read;
+use super::packet::{END_OF_MESSAGE, END_OF_RECORD, Ended, Header, op};
+use super::socket::{Look, Read, Socket};
+use super::spec::SocketType;
 
 /// Most buffers that are filled at once.
 pub const MOST_BUFFERS: usize = 64;
@@ -68,32 +69,73 @@ impl Connection {
 
     /// Reads from the socket what the guest has room for.
     fn read(&mut self, buffers: &Buffers<'_>, out: &mut Vec<Header>) {
-        let left = self.credit.left();
-        let Some(stream) = self.stream.as_ref().filter(|_| self.readable && left > 0 && self.may_read())
-        else {
+        if !self.readable || self.credit.left() == 0 || !self.may_read() {
             return;
-        };
-        let room = buffers.room(left as usize);
-        match stream.read(&room.pieces) {
-            Read::Data(n) => {
-                // A short read has emptied the socket, most likely; if not, it is reported again.
-                self.readable = n == room.len;
-                self.add_data(n, buffers, out);
-            }
-            Read::NotReady => self.readable = false,
-            Read::End => {
-                self.readable = false;
-                let closed = stream.is_hung_up();
-                if closed {
-                    self.host_receives_no_more();
-                }
-                self.host_ends(Ended::SEND);
-            }
+        }
+        match self.kind {
+            SocketType::Stream => self.read_bytes(buffers, out),
+            SocketType::SeqPacket => self.read_message(buffers, out),
         }
     }
 
-    /// Headers for `len` bytes that are in `buffers`.
-    fn add_data(&mut self, len: usize, buffers: &Buffers<'_>, out: &mut Vec<Header>) {
+    fn read_bytes(&mut self, buffers: &Buffers<'_>, out: &mut Vec<Header>) {
+        let Some(socket) = &self.socket else { return };
+        let room = buffers.room(self.credit.left() as usize);
+        match socket.read(&room.pieces) {
+            Read::Data(n) => {
+                // A short read has emptied the socket, most likely; if not, it is reported again.
+                self.readable = n == room.len;
+                self.add_data(n, self.readable, buffers, out);
+            }
+            Read::NotReady => self.readable = false,
+            Read::End => self.host_sends_no_more(),
+        }
+    }
+
+    /// Reads a message, or a part of one: it stays in the socket until the guest has all of it.
+    fn read_message(&mut self, buffers: &Buffers<'_>, out: &mut Vec<Header>) {
+        let Some(socket) = &self.socket else { return };
+        let room = buffers.room(self.credit.left() as usize);
+        let peeked = match socket.look(&room.pieces) {
+            Look::Message(peeked) => peeked,
+            Look::NotReady => {
+                self.readable = false;
+                return;
+            }
+            Look::End => return self.host_sends_no_more(),
+        };
+        if !self.in_message && peeked.len > self.credit.guest_room() as usize {
+            tracing::warn!(
+                "vsock: a connection is dropped: a message of {} bytes, and the guest has room for {}",
+                peeked.len,
+                self.credit.guest_room()
+            );
+            (self.broken, self.readable) = (true, false);
+            return;
+        }
+        self.in_message = peeked.len > room.len;
+        if !self.in_message {
+            socket.discard();
+        }
+        self.add_data(peeked.len.min(room.len), self.in_message, buffers, out);
+        if !self.in_message
+            && let Some(last) = out.last_mut()
+        {
+            last.flags = END_OF_MESSAGE | if peeked.end_of_record { END_OF_RECORD } else { 0 };
+        }
+    }
+
+    /// The host's side has ended.
+    fn host_sends_no_more(&mut self) {
+        self.readable = false;
+        if self.socket.as_ref().is_some_and(Socket::is_hung_up) {
+            self.host_receives_no_more();
+        }
+        self.host_ends(Ended::SEND);
+    }
+
+    /// Headers for `len` bytes that are in `buffers`, with `more` to come.
+    fn add_data(&mut self, len: usize, more: bool, buffers: &Buffers<'_>, out: &mut Vec<Header>) {
         let mut rest = len;
         let mut used = 0;
         while let Some(capacity) = buffers.capacity(used) {
@@ -107,6 +149,6 @@ impl Connection {
         }
         self.credit.send(len as u32);
         // Buffers that are taken in vain cost time, and so does every call that could have read more.
-        self.appetite = if self.readable { (4 * used).min(MOST_BUFFERS) } else { used };
+        self.appetite = if more { (4 * used).min(MOST_BUFFERS) } else { used };
     }
 }

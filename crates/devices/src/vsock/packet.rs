@@ -10,6 +10,13 @@ pub const HOST_CID: u64 = 2;
 /// Type of stream connections.
 pub const STREAM: u16 = 1;
 
+/// Type of connections that keep messages apart.
+pub const SEQPACKET: u16 = 2;
+/// Flag of an RW packet of theirs: the message ends here.
+pub const END_OF_MESSAGE: u32 = 1;
+/// Another: and with it a record.
+pub const END_OF_RECORD: u32 = 2;
+
 /// Operations.
 pub mod op {
     pub const REQUEST: u16 = 1;
@@ -45,11 +52,11 @@ pub struct Header {
     pub dst_port: u32,
     /// Bytes of data.
     pub len: u32,
-    /// [`STREAM`], or something unknown.
+    /// [`STREAM`], [`SEQPACKET`], or something unknown.
     pub kind: u16,
     /// One of [`op`].
     pub op: u16,
-    /// Of a SHUTDOWN: [`Ended`].
+    /// Of a SHUTDOWN: [`Ended`]. Of an RW: [`END_OF_MESSAGE`], [`END_OF_RECORD`].
     pub flags: u32,
     /// Bytes for which the sender has room on this connection.
     pub buf_alloc: u32,

@@ -6,6 +6,7 @@ use std::os::unix::ffi::OsStrExt;
 use std::path::PathBuf;
 
 use super::listener::check_path;
+use super::packet::{SEQPACKET, STREAM};
 
 /// Longest path of a unix socket, in bytes.
 const MAX_PATH: usize = 107;
@@ -22,6 +23,39 @@ pub enum Direction {
     FromHost,
 }
 
+/// What kind of socket.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Hash)]
+pub enum SocketType {
+    /// Bytes in order.
+    #[default]
+    Stream,
+    /// Messages in order, each as it was sent (`SOCK_SEQPACKET`).
+    SeqPacket,
+}
+
+impl SocketType {
+    /// As packets have it (virtio 1.2, section 5.10.6).
+    pub(super) fn kind(self) -> u16 {
+        match self {
+            Self::Stream => STREAM,
+            Self::SeqPacket => SEQPACKET,
+        }
+    }
+
+    /// The other way round.
+    pub(super) fn of_kind(kind: u16) -> Option<Self> {
+        [Self::Stream, Self::SeqPacket].into_iter().find(|t| t.kind() == kind)
+    }
+
+    /// As the host has it.
+    pub(super) fn of_host(self) -> rustix::net::SocketType {
+        match self {
+            Self::Stream => rustix::net::SocketType::STREAM,
+            Self::SeqPacket => rustix::net::SocketType::SEQPACKET,
+        }
+    }
+}
+
 /// A port that is joined to a unix socket.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct PortSpec {
@@ -31,6 +65,9 @@ pub struct PortSpec {
     pub path: PathBuf,
     /// Who connects.
     pub direction: Direction,
+    /// What kind of socket is created for [`Direction::FromHost`]. Of no meaning for the other direction: the guest
+    /// chooses, and the program at the path must listen with a socket of that kind.
+    pub socket: SocketType,
 }
 
 /// The device.
@@ -155,6 +192,7 @@ mod tests {
             port: *port,
             path: path.into(),
             direction: *direction,
+            socket: SocketType::Stream,
         };
         VsockSpec { ports: ports.iter().map(port).collect(), ..VsockSpec::default() }
     }

@@ -169,14 +169,15 @@ impl Table {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::vsock::SocketType;
     use crate::vsock::packet::Header;
-    use crate::vsock::stream::Stream;
+    use crate::vsock::socket::Socket;
 
     fn add(table: &mut Table, guest_port: u32) -> u32 {
         let host_port = table.free_port(guest_port);
         let key = Key { host_port, guest_port };
         let room = table.room();
-        table.insert(Connection::requested_by_guest(key, room, &Header::default()))
+        table.insert(Connection::requested_by_guest(key, SocketType::Stream, room, &Header::default()))
     }
 
     #[test]
@@ -203,7 +204,10 @@ mod tests {
         for _ in 0..1000 {
             let id = add(&mut table, 1);
             let connection = table.get_mut(id).unwrap();
-            connection.connected(Stream::new(std::os::unix::net::UnixStream::pair().unwrap().0));
+            connection.connected(
+                Socket::of_type(std::os::unix::net::UnixStream::pair().unwrap().0.into(), SocketType::Stream)
+                    .unwrap(),
+            );
             table.line_up(id);
             table.remove(id).unwrap();
         }
@@ -224,7 +228,8 @@ mod tests {
         let key = table.get(0).unwrap().key();
         table.free_key(0);
         assert_eq!(table.find(&key), None);
-        let again = table.insert(Connection::requested_by_guest(key, 1, &Header::default()));
+        let again =
+            table.insert(Connection::requested_by_guest(key, SocketType::Stream, 1, &Header::default()));
         table.remove(0).unwrap();
         assert_eq!(table.find(&key), Some(again));
     }

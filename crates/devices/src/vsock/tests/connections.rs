@@ -2,6 +2,7 @@
 
 use std::io::{ErrorKind, Write};
 use std::net::Shutdown;
+use std::time::{Duration, Instant};
 
 use super::guest::*;
 use crate::vsock::packet::{Header, op};
@@ -52,7 +53,7 @@ fn the_host_connects_to_the_guest() {
 fn refusals() {
     let mut g = Guest::new();
     // Nobody listens at the path; no such port.
-    for port in [TO_HOST + 1, 77] {
+    for port in [NOBODY, 77] {
         g.send(guest(port, 5, op::REQUEST), &[]);
         let (header, _) = g.packet();
         assert_eq!((header.op, header.src_port, header.dst_port), (op::RST, port, 5));
@@ -203,6 +204,45 @@ fn the_end_waits_for_what_is_held_and_sockets_go() {
     assert!(!path.exists());
     let all = reader.join().unwrap();
     assert_eq!((all.len(), &all[250_000..]), (250_009, &b"last data"[..]));
+}
+
+#[test]
+fn the_end_does_not_wait_for_ever_for_who_takes_a_little() {
+    let mut g = Guest::with_patience(Duration::from_millis(800), Duration::from_millis(1500));
+    let mut streams: Vec<_> = (0..20).map(|port| g.connect(port)).collect();
+    for port in 0..20 {
+        // What the socket takes, and then as much as is held.
+        for _ in 0..8 {
+            g.send(data(TO_HOST, port, 50_000), &[7; 50_000]);
+            g.packets();
+        }
+    }
+    // One of them takes something every now and then.
+    let reader = std::thread::spawn(move || {
+        for at in (0..20).chain(0..20) {
+            std::thread::sleep(Duration::from_millis(150));
+            read(&mut streams[at]);
+        }
+    });
+    let start = Instant::now();
+    g.h.drain().unwrap();
+    let took = start.elapsed();
+    assert!(took >= Duration::from_millis(1450) && took < Duration::from_secs(4), "{took:?}");
+    drop(g.h.into_device());
+    reader.join().unwrap();
+}
+
+#[test]
+fn the_end_waits_less_for_who_takes_nothing() {
+    let mut g = Guest::with_patience(Duration::from_millis(100), Duration::from_secs(60));
+    let _s = g.connect(5);
+    for _ in 0..5 {
+        g.send(data(TO_HOST, 5, 50_000), &[7; 50_000]);
+    }
+    let start = Instant::now();
+    g.h.drain().unwrap();
+    let took = start.elapsed();
+    assert!(took >= Duration::from_millis(90) && took < Duration::from_secs(10), "{took:?}");
 }
 
 #[test]

@@ -1,22 +1,33 @@
 //! The guest and the host around a device.
 
 use std::io::{ErrorKind, Read, Write};
+use std::os::fd::OwnedFd;
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::PathBuf;
 use std::time::Duration;
 
 use krun_virtio::DeviceError;
 use krun_virtio::mock::Harness;
+use rustix::io::Errno;
+use rustix::net::{
+    AddressFamily, RecvFlags, SendFlags, SocketAddrUnix, SocketFlags, accept_with, socket_with,
+};
 use tempfile::TempDir;
 
-use crate::vsock::packet::{HOST_CID, Header, STREAM, op};
-use crate::vsock::{Direction, PortSpec, Vsock, VsockSpec};
+use crate::vsock::device::Patience;
+use crate::vsock::packet::{END_OF_MESSAGE, HOST_CID, Header, SEQPACKET, STREAM, op};
+use crate::vsock::{Direction, PortSpec, SocketType, Vsock, VsockSpec};
 
 pub const RX: usize = 0;
 pub const TX: usize = 1;
 /// Port of the host that leads to the program's listener, and port of the guest to which programs connect.
 pub const TO_HOST: u32 = 1000;
 pub const TO_GUEST: u32 = 2000;
+/// Port of the host that leads nowhere.
+pub const NOBODY: u32 = 1009;
+/// The same for sockets that keep messages apart.
+pub const PACKETS_TO_HOST: u32 = 1001;
+pub const PACKETS_TO_GUEST: u32 = 2001;
 /// Room that the guest says it has.
 pub const ROOM: u32 = 16 << 10;
 /// The guest's buffers.
@@ -29,15 +40,25 @@ pub struct Guest {
     pub posted: usize,
     /// The program's listener.
     pub listener: UnixListener,
+    /// Another's, for messages.
+    packets: OwnedFd,
     dir: TempDir,
 }
 
 pub fn spec(dir: &TempDir) -> VsockSpec {
-    let port = |port, name: &str, direction| PortSpec { port, path: dir.path().join(name), direction };
+    let port = |port, name: &str, direction| PortSpec {
+        port,
+        path: dir.path().join(name),
+        direction,
+        socket: SocketType::Stream,
+    };
+    let packets = |spec| PortSpec { socket: SocketType::SeqPacket, ..spec };
     let ports = vec![
         port(TO_HOST, "host", Direction::FromGuest),
-        port(TO_HOST + 1, "nobody", Direction::FromGuest),
+        port(PACKETS_TO_HOST, "packets", Direction::FromGuest),
+        port(NOBODY, "nobody", Direction::FromGuest),
         port(TO_GUEST, "guest", Direction::FromHost),
+        packets(port(PACKETS_TO_GUEST, "guest-packets", Direction::FromHost)),
     ];
     VsockSpec { ports, ..VsockSpec::default() }
 }
@@ -48,12 +69,33 @@ impl Guest {
     }
 
     pub fn with(change: impl FnOnce(&mut VsockSpec)) -> Self {
+        Self::build(change, |_| {}, u64::MAX)
+    }
+
+    /// Whose driver knows only the features in `wanted`.
+    pub fn with_features(wanted: u64) -> Self {
+        Self::build(|_| {}, |_| {}, wanted)
+    }
+
+    /// Whose end does not take as long as that of others.
+    pub fn with_patience(idle: Duration, all: Duration) -> Self {
+        Self::build(|_| {}, |device| device.patience = Patience { idle, all }, u64::MAX)
+    }
+
+    fn build(change: impl FnOnce(&mut VsockSpec), adjust: impl FnOnce(&mut Vsock), wanted: u64) -> Self {
         let dir = tempfile::tempdir().unwrap();
         let mut spec = spec(&dir);
         change(&mut spec);
         let listener = UnixListener::bind(dir.path().join("host")).unwrap();
         listener.set_nonblocking(true).unwrap();
-        let mut this = Self { h: Harness::new(Vsock::new(spec).unwrap()), posted: 0, listener, dir };
+        let packets = packet_socket();
+        let address = SocketAddrUnix::new(dir.path().join("packets")).unwrap();
+        rustix::net::bind(&packets, &address).unwrap();
+        rustix::net::listen(&packets, 64).unwrap();
+        let mut device = Vsock::new(spec).unwrap();
+        adjust(&mut device);
+        let h = Harness::with_features(device, wanted).unwrap();
+        let mut this = Self { h, posted: 0, listener, packets, dir };
         this.post(64);
         this
     }
@@ -137,6 +179,83 @@ impl Guest {
         self.send(guest(header.src_port, TO_GUEST, op::RESPONSE), &[]);
         (header.src_port, stream)
     }
+}
+
+fn packet_socket() -> OwnedFd {
+    let flags = SocketFlags::CLOEXEC | SocketFlags::NONBLOCK;
+    socket_with(AddressFamily::UNIX, rustix::net::SocketType::SEQPACKET, flags, None).unwrap()
+}
+
+/// A program's end of a connection that keeps messages apart.
+pub struct Packets(pub OwnedFd);
+
+impl Packets {
+    /// Whether there was room for it.
+    pub fn send(&self, message: &[u8]) -> bool {
+        match rustix::net::send(&self.0, message, SendFlags::NOSIGNAL) {
+            Ok(n) => {
+                assert_eq!(n, message.len());
+                true
+            }
+            Err(Errno::AGAIN) => false,
+            Err(e) => panic!("{e}"),
+        }
+    }
+
+    /// The next message, which is empty at the end too; `None` when there is none.
+    pub fn recv(&self) -> Option<Vec<u8>> {
+        let mut buffer = vec![0; 1 << 20];
+        match rustix::net::recv(&self.0, &mut buffer[..], RecvFlags::empty()) {
+            Ok((n, _)) => {
+                buffer.truncate(n);
+                Some(buffer)
+            }
+            Err(Errno::AGAIN) => None,
+            Err(Errno::CONNRESET) => self.recv(),
+            Err(e) => panic!("{e}"),
+        }
+    }
+}
+
+impl Guest {
+    /// As [`Guest::connect`], to the listener for messages.
+    pub fn connect_packets(&mut self, port: u32) -> Packets {
+        self.send(as_packets(guest(PACKETS_TO_HOST, port, op::REQUEST)), &[]);
+        let (header, _) = self.packet();
+        assert_eq!((header.op, header.kind, header.dst_port), (op::RESPONSE, SEQPACKET, port));
+        self.accept_packets()
+    }
+
+    pub fn accept_packets(&mut self) -> Packets {
+        Packets(accept_with(&self.packets, SocketFlags::NONBLOCK).unwrap())
+    }
+
+    /// As [`Guest::call`].
+    pub fn call_packets(&mut self) -> (u32, Packets) {
+        let socket = self.dial_packets();
+        let (header, _) = self.packet();
+        assert_eq!((header.op, header.kind, header.dst_port), (op::REQUEST, SEQPACKET, PACKETS_TO_GUEST));
+        self.send(as_packets(guest(header.src_port, PACKETS_TO_GUEST, op::RESPONSE)), &[]);
+        (header.src_port, socket)
+    }
+
+    pub fn dial_packets(&self) -> Packets {
+        let socket = packet_socket();
+        let address = SocketAddrUnix::new(self.path("guest-packets")).unwrap();
+        rustix::net::connect(&socket, &address).unwrap();
+        Packets(socket)
+    }
+}
+
+/// The same packet of a connection that keeps messages apart.
+pub fn as_packets(header: Header) -> Header {
+    Header { kind: SEQPACKET, ..header }
+}
+
+/// A part of a message, its last one or not.
+pub fn part(host_port: u32, guest_port: u32, len: usize, is_end: bool) -> Header {
+    let flags = if is_end { END_OF_MESSAGE } else { 0 };
+    Header { flags, ..as_packets(data(host_port, guest_port, len)) }
 }
 
 /// A packet of the guest's, with [`ROOM`].

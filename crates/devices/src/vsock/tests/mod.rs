@@ -4,4 +4,6 @@ mod connections;
 mod guest;
 mod hostile;
 mod limits;
+mod packets;
 mod random;
+mod random_packets;
