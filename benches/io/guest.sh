@@ -67,4 +67,8 @@ sockets() {
     python3 "$dir/sockets.py" guest
 }
 
+interrupts() {
+    python3 "$dir/interrupts.py" guest /dev/vda
+}
+
 "$part"

@@ -14,7 +14,7 @@ finish() {
 trap finish EXIT
 mkdir "$work/share"
 cp "$here/guest.sh" "$work/share/guest"
-cp "$here/sockets.py" "$work/share"
+cp "$here"/*.py "$work/share"
 truncate -s 256M "$work/disk"
 [ "$part" != tree ] || (cd "$ROOT/usr/lib" && tar cf "$work/share/tree.tar" python3.*)
 
@@ -28,10 +28,13 @@ await() {
     exit 1
 }
 
-# Starts the host's end of the sockets part: vsock or a folder.
+# Whether the part has an end here.
+has_sockets() { [ -f "$here/$part.py" ]; }
+
+# Starts that end: vsock or a folder.
 sockets() {
-    [ "$part" = sockets ] || return 0
-    python3 "$here/sockets.py" host "$1" > "$work/sockets" &
+    has_sockets || return 0
+    python3 "$here/$part.py" host "$1" > "$work/sockets" &
     running="$running $!"
     await grep -q ready "$work/sockets"
 }
@@ -39,7 +42,7 @@ sockets() {
 krun() {
     sockets "$work"
     set --
-    [ "$part" != sockets ] || for port in 5001 5002 5003; do set -- "$@" --vsock "$port:$work/$port"; done
+    ! has_sockets || for port in 5001 5002 5003; do set -- "$@" --vsock "$port:$work/$port"; done
     "$KRUN" run --accel kvm --kernel "$BUNDLE" --memory 512M --root "$ROOT" --disk "$work/disk" \
         --volume "$work/share:/mnt" "$@" -- sh /mnt/guest "$part" /mnt
 }
@@ -47,7 +50,7 @@ krun() {
 qemu() {
     sockets vsock
     set --
-    [ "$part" != sockets ] || set -- -device vhost-vsock-device,guest-cid=7
+    ! has_sockets || set -- -device vhost-vsock-device,guest-cid=7
     for tag in root share; do
         dir=$work/share
         [ "$tag" = share ] || dir=$ROOT

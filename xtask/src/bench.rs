@@ -12,10 +12,10 @@ pub fn run(args: &[String]) -> Result<(), String> {
     match args {
         [what] if what == "boot" => boot::run(boot::ROUNDS),
         [what, rounds] if what == "boot" => boot::run(rounds),
-        [what] if what == "io" => io::run(io::ROUNDS),
-        [what, rounds] if what == "io" => io::run(rounds),
+        [what] if what == "io" => io::run(io::ROUNDS, &[]),
+        [what, rounds, parts @ ..] if what == "io" => io::run(rounds, parts),
         [what] if what == "net" => net::run(net::SECONDS),
         [what, seconds] if what == "net" => net::run(seconds),
-        _ => Err("usage: cargo xtask bench boot|io [ROUNDS] | net [SECONDS]".into()),
+        _ => Err("usage: cargo xtask bench boot [ROUNDS] | io [ROUNDS [PART...]] | net [SECONDS]".into()),
     }
 }

@@ -1,4 +1,4 @@
-//! `cargo xtask bench io [ROUNDS]`: disks, shares and vsock beside QEMU, virtiofsd and vhost-vsock.
+//! `cargo xtask bench io [ROUNDS] [PART...]`: disks, shares and vsock beside QEMU, virtiofsd and vhost-vsock.
 
 use std::ffi::OsString;
 use std::path::Path;
@@ -9,18 +9,22 @@ use crate::{kernel, packages, peers, rootfs, test};
 /// How often each runs, if not said.
 pub const ROUNDS: &str = "3";
 /// The parts of `benches/io/guest.sh`.
-const PARTS: [(&str, &str); 4] = [
+const PARTS: [(&str, &str); 5] = [
     ("block", "A disk: a raw image in memory, io_uring on both sides"),
     ("stream", "A share: one file"),
     ("tree", "A share: Python's library"),
     ("sockets", "vsock: a Unix socket here, the host's own vsock there"),
+    ("interrupts", "What a thousand small requests cost: less is better"),
 ];
 
-/// Builds all, runs all and prints the tables.
+/// Builds all, runs the named parts, or all, and prints the tables.
 ///
 /// # Errors
-/// What could not be built, or a part that failed.
-pub fn run(rounds: &str) -> Result<(), String> {
+/// What could not be built, a part that there is not, or one that failed.
+pub fn run(rounds: &str, names: &[String]) -> Result<(), String> {
+    if let Some(name) = names.iter().find(|name| PARTS.iter().all(|(part, _)| part != name)) {
+        return Err(format!("there is no part {name}, only {}", PARTS.map(|(part, _)| part).join(", ")));
+    }
     packages::ensure("the benchmark", &["qemu-system-x86", "python3"])?;
     let ours = kernel::ensure_guest()?;
     let root = rootfs::ensure(rootfs::TEST)?;
@@ -37,7 +41,8 @@ pub fn run(rounds: &str) -> Result<(), String> {
     ];
     let script = absolute(Path::new("benches/io/host.sh"))?;
     let bench = absolute(&built.krun.with_file_name("krun-bench"))?;
-    for (part, title) in PARTS {
+    let wanted = |part: &str| names.is_empty() || names.iter().any(|name| name == part);
+    for (part, title) in PARTS.into_iter().filter(|(part, _)| wanted(part)) {
         let mut words: Vec<OsString> = vec![bench.clone().into(), "figures".into(), rounds.into()];
         for (label, vmm) in [("krun", "krun"), ("QEMU", "qemu")] {
             words.push(label.into());

@@ -15,12 +15,12 @@ use std::sync::{Arc, Mutex, PoisonError, mpsc};
 use std::thread::{Builder, JoinHandle};
 
 use krun_devices::legacy::{Ports, Serial};
-use krun_event::with_signals_blocked;
+use krun_event::{Wake, with_signals_blocked};
 use krun_hv::{
     BootState, DoorbellGuard, ExitCounts, Hypervisor, Irq, MapGuard, Platform, Prot, Vm, VmConfig,
 };
 use krun_memory::{GuestAddress, GuestMemory};
-use krun_virtio::{MmioTransport, RegisterPage, RegisterPages, VirtioDevice, mmio::reg};
+use krun_virtio::{Interrupt, MmioTransport, RegisterPage, RegisterPages, VirtioDevice, mmio::reg};
 use rustix::rand::{GetRandomFlags, getrandom};
 
 use crate::board::{Board, MMIO_BASE, SERIAL_IRQ, Slot};
@@ -137,11 +137,18 @@ fn connect<V: Vm>(
     }
     let (mut slots, mut doorbells) = (Vec::with_capacity(devices.len()), Vec::new());
     let mut lines = Lines::default();
+    // Set by acknowledgements of used buffers, and nobody looks at it: they end in the host's kernel.
+    let acknowledged = Wake::new()
+        .map_err(|source| Error::Device { name: "acknowledgements of interrupts".into(), source })?;
     for ((device, slot), n) in devices.into_iter().zip(&board.slots).zip(0..) {
         // There is a page for each.
         let Some(page) = pages.page(n) else { break };
-        let transport = transport(device, slot, ram.memory.clone(), page, lines.line(&vm, slot.irq)?, end)?;
+        let line = lines.line(&vm, slot.irq)?;
+        let mut transport = transport(device, slot, ram.memory.clone(), page, line, end)?;
         if let Some(host) = vm.doorbells() {
+            let at = GuestAddress(slot.at + reg::INTERRUPT_ACK);
+            doorbells.push(host.register(at, Some(Interrupt::USED), &acknowledged)?);
+            transport.need_no_acknowledgements();
             let at = GuestAddress(slot.at + reg::QUEUE_NOTIFY);
             for (queue, wake) in (0u32..).zip(transport.doorbells()) {
                 doorbells.push(host.register(at, Some(queue), wake)?);

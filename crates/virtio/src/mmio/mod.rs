@@ -111,6 +111,8 @@ pub struct MmioTransport {
     elsewhere: bool,
     /// The interrupt line itself, for such a device.
     direct: Option<Wake>,
+    /// The interrupt status says "used buffer" all the time that the device runs.
+    always_used: bool,
     memory: GuestMemory,
     shared: Arc<Shared>,
     doorbells: Vec<Wake>,
@@ -154,6 +156,7 @@ impl MmioTransport {
             info,
             elsewhere,
             direct: None,
+            always_used: false,
             memory,
             shared: Arc::new(Shared { page, config, line: Box::new(line), fail: Box::new(fail) }),
             doorbells,
@@ -179,6 +182,14 @@ impl MmioTransport {
     /// there. A driver that looks into its queues when it need not finds nothing.
     pub fn set_direct_line(&mut self, line: Wake) {
         self.direct = Some(line).filter(|_| self.elsewhere);
+        self.always_used |= self.direct.is_some();
+    }
+
+    /// From now on an acknowledgement of used buffers alone ([`Interrupt::USED`] written to [`reg::INTERRUPT_ACK`]) may be
+    /// kept from [`Self::write`]: the interrupt status says "used buffer" all the time, so there is nothing to clear. A
+    /// driver that shares the interrupt line with others looks into its queues each time, and finds nothing.
+    pub fn need_no_acknowledgements(&mut self) {
+        self.always_used = true;
     }
 
     /// The device's facts.
@@ -248,7 +259,7 @@ impl MmioTransport {
                 }
             }
             reg::INTERRUPT_ACK => {
-                let kept = if self.direct.is_some() { Interrupt::USED } else { 0 };
+                let kept = if self.always_used { Interrupt::USED } else { 0 };
                 self.shared.page.clear_bits(reg::INTERRUPT_STATUS, value & !kept);
             }
             reg::STATUS => {
@@ -386,7 +397,7 @@ impl MmioTransport {
                 let shared = Arc::clone(&self.shared);
                 let interrupt =
                     Interrupt::new(move |bits| shared.raise(bits)).with_direct(self.direct.clone());
-                if self.direct.is_some() {
+                if self.always_used {
                     self.shared.page.set_bits(reg::INTERRUPT_STATUS, Interrupt::USED);
                 }
                 let (memory, doorbells) = (self.memory.clone(), self.doorbells.clone());

@@ -8,7 +8,7 @@ use krun_memory::GuestMemory;
 
 use super::queue::{DriverQueue, Used};
 use super::{BASE, QUEUE_SPACE, queue_memory};
-use crate::device::VirtioDevice;
+use crate::device::{Interrupt, VirtioDevice};
 use crate::feature;
 use crate::mmio::{MmioTransport, RegisterPage, RegisterPages, reg, status};
 
@@ -32,6 +32,7 @@ pub struct MmioDriver {
     line: Arc<Line>,
     /// The line that others set.
     direct: Option<Wake>,
+    unacknowledged: bool,
     seen: u64,
     failures: Arc<Mutex<Vec<String>>>,
 }
@@ -39,15 +40,20 @@ pub struct MmioDriver {
 impl MmioDriver {
     /// Puts `device` behind a transport; nothing is negotiated yet.
     pub fn new(device: impl VirtioDevice + 'static) -> Self {
-        Self::with_line(device, None)
+        Self::with_line(device, None, false)
+    }
+
+    /// As [`Self::new`], with a machine that swallows acknowledgements of used buffers.
+    pub fn unacknowledged(device: impl VirtioDevice + 'static) -> Self {
+        Self::with_line(device, None, true)
     }
 
     /// As [`Self::new`], with an interrupt line that the device can hand to another process.
     pub fn direct(device: impl VirtioDevice + 'static) -> Self {
-        Self::with_line(device, Some(Wake::new().unwrap()))
+        Self::with_line(device, Some(Wake::new().unwrap()), false)
     }
 
-    fn with_line(device: impl VirtioDevice + 'static, direct: Option<Wake>) -> Self {
+    fn with_line(device: impl VirtioDevice + 'static, direct: Option<Wake>, unacknowledged: bool) -> Self {
         let memory = queue_memory(device.info().queue_sizes.len(), device.serves_elsewhere());
         let (line, failures) = (Arc::<Line>::default(), Arc::<Mutex<Vec<String>>>::default());
         let (pulse, fail) = (Arc::clone(&line), Arc::clone(&failures));
@@ -65,8 +71,11 @@ impl MmioDriver {
         if let Some(line) = &direct {
             transport.set_direct_line(line.clone());
         }
+        if unacknowledged {
+            transport.need_no_acknowledgements();
+        }
         let transport = Arc::new(transport);
-        Self { transport, memory, queues: Vec::new(), line, direct, seen: 0, failures }
+        Self { transport, memory, queues: Vec::new(), line, direct, unacknowledged, seen: 0, failures }
     }
 
     /// The transport.
@@ -210,7 +219,9 @@ impl MmioDriver {
         self.seen = *pulses;
         drop(pulses);
         let bits = self.get(reg::INTERRUPT_STATUS);
-        self.set(reg::INTERRUPT_ACK, bits);
+        if !self.unacknowledged || bits != Interrupt::USED {
+            self.set(reg::INTERRUPT_ACK, bits);
+        }
         true
     }
 }

@@ -256,6 +256,27 @@ fn a_broken_ring_needs_a_reset_and_says_so_by_a_configuration_interrupt() {
 }
 
 #[test]
+fn interrupts_without_acknowledgements_of_used_buffers() {
+    let mut d = MmioDriver::unacknowledged(Echo::new(1));
+    assert_eq!(d.get(reg::INTERRUPT_STATUS), 0);
+    for _ in 0..2 {
+        d.start(u64::MAX);
+        assert_eq!(d.get(reg::INTERRUPT_STATUS), 1);
+        for _ in 0..3 {
+            assert!(d.add(0, &[b"x"], &[1]));
+            d.kick(0);
+            assert_eq!(d.wait_used(0, SOON).unwrap().data, b"x");
+            assert_eq!(d.get(reg::INTERRUPT_STATUS), 1);
+        }
+        // One of both is not swallowed, and what the configuration's part of it means is as ever.
+        d.set(reg::INTERRUPT_ACK, 3);
+        assert_eq!(d.get(reg::INTERRUPT_STATUS), 1);
+        d.reset();
+        assert_eq!(d.get(reg::INTERRUPT_STATUS), 0);
+    }
+}
+
+#[test]
 fn a_panic_of_the_device_ends_in_the_supervisor() {
     let mut d = MmioDriver::new(Echo::new(1));
     d.start(u64::MAX);
