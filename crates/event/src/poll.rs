@@ -1,10 +1,20 @@
 //! Level-triggered readiness of descriptors.
 
 use std::io;
-use std::os::fd::{AsFd, AsRawFd};
+use std::mem::MaybeUninit;
+use std::os::fd::{AsFd, OwnedFd};
 use std::time::Duration;
 
-use polling::{Event, Events, PollMode, Poller};
+use rustix::event::Timespec;
+use rustix::event::epoll::{self, CreateFlags, Event, EventData, EventFlags};
+use rustix::io::Errno;
+
+/// Descriptors that one wait tells of; others that are ready come with the next.
+const AT_ONCE: usize = 64;
+/// What makes a descriptor readable, and what writable. An end and an error are told in any case.
+const READABLE: EventFlags = EventFlags::IN.union(EventFlags::PRI).union(ENDED);
+const WRITABLE: EventFlags = EventFlags::OUT.union(ENDED);
+const ENDED: EventFlags = EventFlags::HUP.union(EventFlags::ERR);
 
 /// What to wait for on a descriptor.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -28,11 +38,11 @@ pub struct Ready {
     pub writable: bool,
 }
 
-/// Waits for several descriptors at once, level-triggered: one that stays ready is reported again.
+/// Waits for several descriptors at once, level-triggered: one that stays ready is reported again. A wait is one call of
+/// the host and no more, which counts in a device that sleeps after each request.
 #[derive(Debug)]
 pub struct Poll {
-    poller: Poller,
-    events: Events,
+    epoll: OwnedFd,
 }
 
 impl Poll {
@@ -41,19 +51,16 @@ impl Poll {
     /// # Errors
     /// The host's reason, in practice that no descriptor is left.
     pub fn new() -> io::Result<Self> {
-        Ok(Self { poller: Poller::new()?, events: Events::new() })
+        Ok(Self { epoll: epoll::create(CreateFlags::CLOEXEC)? })
     }
 
-    /// Adds `fd` under `token`. The caller removes it with [`Poll::remove`] before it closes it.
+    /// Adds `fd` under `token`. The caller removes it with [`Poll::remove`] before it closes it; the host drops one that
+    /// was closed, once no copy of it is open.
     ///
     /// # Errors
     /// A descriptor that cannot be waited for (a regular file, for one) or is there already.
-    #[allow(unsafe_code)]
     pub fn add(&self, fd: &impl AsFd, token: u64, interest: Interest) -> io::Result<()> {
-        let raw = fd.as_fd().as_raw_fd();
-        // SAFETY: the descriptor is open now. Should the caller close it without `remove`, epoll and
-        // kqueue drop it from the set by themselves; no memory is at stake.
-        unsafe { self.poller.add_with_mode(raw, event(token, interest), PollMode::Level) }
+        Ok(epoll::add(&self.epoll, fd, EventData::new_u64(token), flags(interest))?)
     }
 
     /// Changes what is waited for.
@@ -61,7 +68,7 @@ impl Poll {
     /// # Errors
     /// The descriptor was not added.
     pub fn modify(&self, fd: &impl AsFd, token: u64, interest: Interest) -> io::Result<()> {
-        self.poller.modify_with_mode(fd.as_fd(), event(token, interest), PollMode::Level)
+        Ok(epoll::modify(&self.epoll, fd, EventData::new_u64(token), flags(interest))?)
     }
 
     /// Removes `fd`.
@@ -69,7 +76,7 @@ impl Poll {
     /// # Errors
     /// The descriptor was not added.
     pub fn remove(&self, fd: &impl AsFd) -> io::Result<()> {
-        self.poller.delete(fd.as_fd())
+        Ok(epoll::delete(&self.epoll, fd)?)
     }
 
     /// Waits until a descriptor is ready or `timeout` has passed (`None`: for ever) and appends what
@@ -78,29 +85,34 @@ impl Poll {
     /// # Errors
     /// The host's reason; an interrupted wait is repeated.
     pub fn wait(&mut self, out: &mut Vec<Ready>, timeout: Option<Duration>) -> io::Result<()> {
-        self.events.clear();
-        loop {
-            match self.poller.wait(&mut self.events, timeout) {
-                Ok(_) => break,
-                Err(e) if e.kind() == io::ErrorKind::Interrupted => {}
-                Err(e) => return Err(e),
+        // One that is longer than the host can say is none.
+        let timeout = timeout.and_then(|t| Timespec::try_from(t).ok());
+        let mut room = [MaybeUninit::<Event>::uninit(); AT_ONCE];
+        let events = loop {
+            match epoll::wait(&self.epoll, &mut room[..], timeout.as_ref()) {
+                Ok((events, _)) => break events,
+                Err(Errno::INTR) => {}
+                Err(e) => return Err(e.into()),
             }
-        }
-        out.extend(self.events.iter().map(|e| Ready {
-            token: e.key as u64,
-            readable: e.readable,
-            writable: e.writable,
+        };
+        out.extend(events.iter().map(|event| {
+            // Copied, as the event's fields are not aligned.
+            let (flags, data) = (event.flags, event.data);
+            Ready {
+                token: data.u64(),
+                readable: flags.intersects(READABLE),
+                writable: flags.intersects(WRITABLE),
+            }
         }));
         Ok(())
     }
 }
 
-fn event(token: u64, interest: Interest) -> Event {
-    let key = token as usize;
+fn flags(interest: Interest) -> EventFlags {
     match interest {
-        Interest::Read => Event::readable(key),
-        Interest::Write => Event::writable(key),
-        Interest::Both => Event::all(key),
+        Interest::Read => READABLE,
+        Interest::Write => WRITABLE,
+        Interest::Both => READABLE | WRITABLE,
     }
 }
 
@@ -122,5 +134,46 @@ mod tests {
         w.take();
         p.wait(&mut out, Some(Duration::ZERO)).unwrap();
         assert_eq!(out.len(), 2);
+    }
+
+    #[test]
+    fn what_is_waited_for_is_told() {
+        let (a, b) = std::os::unix::net::UnixStream::pair().unwrap();
+        let (mut p, mut out) = (Poll::new().unwrap(), Vec::new());
+        let mut wait = |p: &mut Poll| {
+            out.clear();
+            p.wait(&mut out, Some(Duration::from_millis(1))).unwrap();
+            out.first().map(|r| (r.token, r.readable, r.writable))
+        };
+        p.add(&a, u64::MAX, Interest::Read).unwrap();
+        assert_eq!(wait(&mut p), None);
+        assert_eq!(p.add(&a, 1, Interest::Read).unwrap_err().kind(), io::ErrorKind::AlreadyExists);
+        p.modify(&a, 2, Interest::Write).unwrap();
+        assert_eq!(wait(&mut p), Some((2, false, true)));
+        p.modify(&a, 3, Interest::Both).unwrap();
+        drop(b);
+        assert_eq!(wait(&mut p), Some((3, true, true)));
+        p.remove(&a).unwrap();
+        assert_eq!(wait(&mut p), None);
+        assert!(p.remove(&a).is_err());
+        let file = std::fs::File::open("/proc/self/exe").unwrap();
+        assert_eq!(p.add(&file, 1, Interest::Read).unwrap_err().kind(), io::ErrorKind::PermissionDenied);
+    }
+
+    #[test]
+    fn more_than_one_wait_tells_come_with_the_next() {
+        let (mut p, mut out) = (Poll::new().unwrap(), Vec::new());
+        let wakes: Vec<_> = (0..AT_ONCE + 1).map(|_| Wake::new().unwrap()).collect();
+        for (n, w) in wakes.iter().enumerate() {
+            p.add(w, n as u64, Interest::Read).unwrap();
+            w.wake();
+        }
+        let mut left = wakes.len();
+        while left > 0 {
+            out.clear();
+            p.wait(&mut out, Some(Duration::from_secs(10))).unwrap();
+            assert!(!out.is_empty());
+            left -= out.iter().filter(|r| wakes[r.token as usize].take()).count();
+        }
     }
 }
