@@ -41,7 +41,8 @@ pub enum NetPeer {
     },
     /// The same, connected already.
     DatagramFd(OwnedFd),
-    /// A tap interface of this host, by name.
+    /// A tap interface of this host, by name. The guest has as many pairs of queues as processors, up to
+    /// [`NetPeer::MAX_PAIRS`], unless the interface was made for one queue.
     Tap(String),
 }
 
@@ -56,6 +57,9 @@ impl Net {
 }
 
 impl NetPeer {
+    /// Most pairs of queues of an interface.
+    pub const MAX_PAIRS: u16 = NetSpec::MAX_PAIRS;
+
     fn spec(self) -> PeerSpec {
         match self {
             Self::Stream(path) => PeerSpec::Stream(Socket::Path(path)),
@@ -75,8 +79,9 @@ pub(crate) fn dhcp(nets: &[Net]) -> Vec<Vec<u8>> {
 
 /// The devices of all interfaces, in order.
 pub(crate) fn devices(config: &mut VmConfig) -> Result<Vec<Box<dyn VirtioDevice>>, Error> {
+    let pairs = config.vcpus.into();
     let device = |net: Net| -> Result<Box<dyn VirtioDevice>, Error> {
-        let spec = NetSpec { mac: net.mac, peer: net.peer.spec(), offloads: net.offloads };
+        let spec = NetSpec { mac: net.mac, peer: net.peer.spec(), offloads: net.offloads, pairs };
         Ok(Box::new(net::Net::new(spec)?))
     };
     config.nets.drain(..).map(device).collect()

@@ -4,8 +4,8 @@ use std::sync::atomic::{AtomicBool, Ordering};
 
 use krun_virtio::ConfigSpace;
 
-/// Bytes of it: address, status.
-const LEN: usize = 8;
+/// Bytes of it: address, status, most pairs of queues.
+const LEN: usize = 10;
 /// Bit of the status.
 const LINK_UP: u16 = 1;
 
@@ -14,11 +14,12 @@ const LINK_UP: u16 = 1;
 pub struct Config {
     mac: [u8; 6],
     up: AtomicBool,
+    pairs: u16,
 }
 
 impl Config {
-    pub fn new(mac: [u8; 6]) -> Self {
-        Self { mac, up: true.into() }
+    pub fn new(mac: [u8; 6], pairs: u16) -> Self {
+        Self { mac, up: true.into(), pairs }
     }
 
     pub fn link(&self) -> bool {
@@ -33,7 +34,8 @@ impl Config {
     fn bytes(&self) -> [u8; LEN] {
         let [a, b, c, d, e, f] = self.mac;
         let [low, high] = if self.link() { LINK_UP } else { 0 }.to_le_bytes();
-        [a, b, c, d, e, f, low, high]
+        let [pairs_low, pairs_high] = self.pairs.to_le_bytes();
+        [a, b, c, d, e, f, low, high, pairs_low, pairs_high]
     }
 }
 
@@ -53,7 +55,7 @@ mod tests {
 
     #[test]
     fn the_link_is_seen() {
-        let config = Config::new([2, 3, 4, 5, 6, 7]);
+        let config = Config::new([2, 3, 4, 5, 6, 7], 3);
         let read = |at| {
             let mut data = [0xff; 4];
             config.read(at, &mut data);
@@ -61,9 +63,9 @@ mod tests {
         };
         assert_eq!(
             (read(0), read(4), read(6), read(u64::MAX)),
-            ([2, 3, 4, 5], [6, 7, 1, 0], [1, 0, 0, 0], [0; 4])
+            ([2, 3, 4, 5], [6, 7, 1, 0], [1, 0, 3, 0], [0; 4])
         );
         assert!(!config.set_link(true) && config.set_link(false));
-        assert_eq!(read(6), [0; 4]);
+        assert_eq!(read(6), [0, 0, 3, 0]);
     }
 }

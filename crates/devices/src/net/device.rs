@@ -1,6 +1,5 @@
 //! The device.
 
-use std::io;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -8,36 +7,29 @@ use krun_event::{Interest, Ready};
 use krun_virtio::{ConfigSpace, Cx, DeviceError, DeviceInfo, VirtioDevice};
 
 use super::config::Config;
-use super::feature;
+use super::pair::{Outcome, Pair};
 use super::peer::{self, Peer};
-use super::receive::{self, Receive};
 use super::spec::{NetError, NetSpec, Offloads};
-use super::transmit::{self, Transmit};
+use super::{control, feature};
 use crate::sys::Timer;
 
 /// Entries of each queue.
 pub(super) const QUEUE_SIZE: u16 = 256;
-/// Tokens.
-const PEER: u64 = 0;
-const RETRY: u64 = 1;
+/// Token of the timer; those below are pairs.
+const RETRY: u64 = 1 << 16;
 /// Time before the first attempt to connect again, and the most between two.
 const PAUSE: [Duration; 2] = [Duration::from_millis(50), Duration::from_secs(2)];
 
 /// A network device.
 pub struct Net {
     config: Arc<Config>,
-    peer: Box<dyn Peer>,
+    /// At least one.
+    pairs: Vec<Pair>,
+    /// Those that the driver uses, from the first.
+    active: usize,
     offloads: Offloads,
     /// What the driver accepted.
     features: u64,
-    rx: Receive,
-    tx: Transmit,
-    /// The guest has no room for what the peer has.
-    starved: bool,
-    /// The peer is slow.
-    full: bool,
-    /// What the peer's descriptor is watched for.
-    watch: Option<Interest>,
     /// Made when a connection is lost.
     timer: Option<Timer>,
     pause: Duration,
@@ -48,7 +40,8 @@ pub struct Net {
 impl std::fmt::Debug for Net {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         f.debug_struct("Net")
-            .field("peer", &self.peer.name())
+            .field("peer", &self.name())
+            .field("pairs", &self.pairs.len())
             .field("config", &self.config)
             .finish_non_exhaustive()
     }
@@ -67,82 +60,53 @@ impl Net {
         if mac[0] & 1 != 0 || mac == [0; 6] {
             return Err(NetError::Mac { mac });
         }
-        Ok(Self::with_peer(mac, peer::open(spec.peer)?, spec.offloads))
+        let most = spec.pairs.clamp(1, NetSpec::MAX_PAIRS);
+        Ok(Self::with_peers(mac, peer::open(spec.peer, most)?, spec.offloads))
     }
 
-    pub(super) fn with_peer(mac: [u8; 6], peer: Box<dyn Peer>, offloads: Offloads) -> Self {
+    /// With a pair of queues for each peer, of which there is at least one; all are the same peer's.
+    pub(super) fn with_peers(mac: [u8; 6], peers: Vec<Box<dyn Peer>>, offloads: Offloads) -> Self {
+        let pairs: Vec<_> = peers.into_iter().enumerate().map(|(n, peer)| Pair::new(n, peer)).collect();
         Self {
-            config: Arc::new(Config::new(mac)),
-            peer,
+            config: Arc::new(Config::new(mac, pairs.len() as u16)),
+            pairs,
+            active: 1,
             offloads: offloads.consistent(),
             features: 0,
-            rx: Receive::default(),
-            tx: Transmit::default(),
-            starved: true,
-            full: false,
-            watch: None,
             timer: None,
             pause: PAUSE[0],
             hope: true,
         }
     }
 
-    fn receive(&mut self, cx: &mut Cx<'_>) -> Result<(), DeviceError> {
-        if self.peer.fd().is_none() {
-            return Ok(());
-        }
-        let stopped = self.rx.run(self.peer.as_mut(), cx)?;
-        self.starved = matches!(stopped, receive::Stopped::Starved);
-        match stopped {
-            receive::Stopped::Lost(why) => self.lost(&why, cx),
-            _ => self.watch(cx),
-        }
+    fn name(&self) -> String {
+        self.pairs[0].peer.name()
     }
 
-    fn transmit(&mut self, cx: &mut Cx<'_>) -> Result<(), DeviceError> {
-        if self.peer.fd().is_none() {
-            return self.tx.discard(cx);
-        }
-        let stopped = self.tx.run(self.peer.as_mut(), self.features, cx)?;
-        self.full = matches!(stopped, transmit::Stopped::Full);
-        match stopped {
-            transmit::Stopped::Lost(why) => {
-                self.lost(&why, cx)?;
-                self.tx.discard(cx)
-            }
-            _ => self.watch(cx),
-        }
+    fn has(&self, bit: u32) -> bool {
+        self.features & 1 << bit != 0
     }
 
-    /// Watches the peer for what can be done then.
-    fn watch(&mut self, cx: &Cx<'_>) -> Result<(), DeviceError> {
-        let wanted = match (self.starved, self.full) {
-            (false, false) => Some(Interest::Read),
-            (false, true) => Some(Interest::Both),
-            (true, true) => Some(Interest::Write),
-            (true, false) => None,
-        };
-        let Some(fd) = self.peer.fd().filter(|_| wanted != self.watch) else { return Ok(()) };
-        match (self.watch, wanted) {
-            (None, Some(interest)) => cx.watch(&fd, PEER, interest),
-            (Some(_), Some(interest)) => cx.rewatch(&fd, PEER, interest),
-            (_, None) => cx.unwatch(&fd),
-        }
-        .map_err(|source| DeviceError::Host { what: format!("watch {}", self.peer.name()), source })?;
-        self.watch = wanted;
-        Ok(())
+    /// Index of the control queue, if the driver knows it. Without several pairs it follows the first one.
+    fn control(&self) -> Option<usize> {
+        let pairs = if self.has(feature::MQ) { self.pairs.len() } else { 1 };
+        self.has(feature::CTRL_VQ).then_some(2 * pairs)
     }
 
-    /// The peer is gone: tells the guest, and tries to connect again if that is possible.
-    fn lost(&mut self, why: &io::Error, cx: &Cx<'_>) -> Result<(), DeviceError> {
-        if let Some(fd) = self.peer.fd().filter(|_| self.watch.is_some()) {
-            let _ = cx.unwatch(&fd);
+    fn is_closed(&self) -> bool {
+        self.pairs[0].peer.fd().is_none()
+    }
+
+    /// Goes on unless the peer is gone, or else tells the guest, and tries to connect again if that is possible.
+    fn settle(&mut self, outcome: Outcome, cx: &Cx<'_>) -> Result<(), DeviceError> {
+        let Outcome::Lost(why) = outcome else { return Ok(()) };
+        let name = self.name();
+        self.hope = true;
+        for pair in &mut self.pairs {
+            self.hope &= pair.close(cx);
         }
-        (self.watch, self.full) = (None, false);
-        self.tx.reset();
-        self.hope = self.peer.close();
         let next = if self.hope { "; connecting again" } else { "" };
-        tracing::warn!("network: {} is lost: {why}{next}", self.peer.name());
+        tracing::warn!("network: {name} is lost: {why}{next}");
         self.set_link(false, cx);
         self.pause = PAUSE[0];
         self.set_timer(cx)
@@ -170,35 +134,72 @@ impl Net {
         timer.set(self.pause).map_err(fail)
     }
 
-    /// Time to try again.
+    /// Time to try again. Only a peer with one pair comes back.
     fn retry(&mut self, cx: &mut Cx<'_>) -> Result<(), DeviceError> {
         if let Some(timer) = &self.timer {
             timer.take();
         }
-        if self.peer.fd().is_some() {
+        if !self.is_closed() {
             return Ok(());
         }
-        let result = self.peer.connect();
-        if let Err(e) = result.and_then(|()| self.peer.set_features(self.features)) {
-            self.peer.close();
-            tracing::debug!("network: {} cannot be connected: {e}", self.peer.name());
+        let peer = &mut self.pairs[0].peer;
+        let result = peer.connect();
+        if let Err(e) = result.and_then(|()| peer.set_features(self.features)) {
+            peer.close();
+            tracing::debug!("network: {} cannot be connected: {e}", self.name());
             self.pause = (self.pause * 2).min(PAUSE[1]);
             return self.set_timer(cx);
         }
-        tracing::info!("network: {} is connected again", self.peer.name());
+        tracing::info!("network: {} is connected again", self.name());
         self.set_link(true, cx);
-        self.receive(cx)
+        let outcome = self.pairs[0].receive(cx)?;
+        self.settle(outcome, cx)
+    }
+
+    /// The driver uses so many pairs from now on; false if the peer does not follow.
+    fn set_pairs(&mut self, wanted: usize, cx: &mut Cx<'_>) -> Result<bool, DeviceError> {
+        if self.is_closed() {
+            // Nothing comes or goes anyway.
+            self.active = wanted;
+            return Ok(true);
+        }
+        let old = self.active;
+        while self.active != wanted {
+            let more = self.active < wanted;
+            let pair = &mut self.pairs[if more { self.active } else { self.active - 1 }];
+            pair.unwatch(cx);
+            if let Err(e) = pair.peer.set_active(more) {
+                tracing::warn!("network: {} does not use {wanted} queues: {e}", pair.peer.name());
+                break;
+            }
+            self.active = if more { self.active + 1 } else { self.active - 1 };
+        }
+        // What the driver put there before.
+        (2 * old..2 * self.active).try_for_each(|queue| self.on_pair(queue, cx))?;
+        Ok(self.active == wanted)
+    }
+
+    fn on_pair(&mut self, queue: usize, cx: &mut Cx<'_>) -> Result<(), DeviceError> {
+        // What lies in queues that are not in use stays there.
+        let Some(pair) = self.pairs[..self.active].get_mut(queue / 2) else { return Ok(()) };
+        let outcome =
+            if queue.is_multiple_of(2) { pair.receive(cx)? } else { pair.transmit(self.features, cx)? };
+        self.settle(outcome, cx)
     }
 }
 
 impl VirtioDevice for Net {
     fn info(&self) -> DeviceInfo {
         let own = 1 << feature::MAC | 1 << feature::MRG_RXBUF | 1 << feature::STATUS;
+        let (several, queues) = match self.pairs.len() {
+            1 => (0, 2),
+            pairs => (1 << feature::CTRL_VQ | 1 << feature::MQ, 2 * pairs + 1),
+        };
         DeviceInfo {
             id: Self::ID,
             name: "net".into(),
-            features: own | u64::from(self.offloads.bits()),
-            queue_sizes: vec![QUEUE_SIZE; 2],
+            features: own | several | u64::from(self.offloads.bits()),
+            queue_sizes: vec![QUEUE_SIZE; queues],
             shm: Vec::new(),
         }
     }
@@ -208,47 +209,54 @@ impl VirtioDevice for Net {
     }
 
     fn start(&mut self, cx: &mut Cx<'_>) -> Result<(), DeviceError> {
-        let offered = self.info().features;
-        self.features =
-            (0..u64::BITS).filter(|bit| cx.has_feature(*bit)).fold(0, |all, bit| all | 1 << bit) & offered;
-        self.rx.reset(cx.has_feature(feature::MRG_RXBUF), cx.queue_size(receive::QUEUE));
-        if self.peer.fd().is_none() {
+        self.features = cx.features() & self.info().features;
+        for (n, pair) in self.pairs.iter_mut().enumerate() {
+            pair.start(cx.has_feature(feature::MRG_RXBUF), cx.queue_size(2 * n));
+        }
+        if self.is_closed() {
             return self.set_timer(cx);
         }
-        if let Err(e) = self.peer.set_features(self.features) {
-            return self.lost(&e, cx);
-        }
+        let outcome = match self.pairs[0].peer.set_features(self.features) {
+            Ok(()) => Outcome::Fine,
+            Err(e) => Outcome::Lost(e),
+        };
+        self.settle(outcome, cx)
         // The driver's first buffers bring the first look at the peer.
-        self.watch(cx)
     }
 
     fn on_queue(&mut self, queue: usize, cx: &mut Cx<'_>) -> Result<(), DeviceError> {
-        if queue == receive::QUEUE { self.receive(cx) } else { self.transmit(cx) }
+        if self.control() != Some(queue) {
+            return self.on_pair(queue, cx);
+        }
+        let max = if self.has(feature::MQ) { self.pairs.len() as u16 } else { 0 };
+        control::serve(queue, max, cx, |wanted, cx| self.set_pairs(wanted.into(), cx))
     }
 
     fn on_event(&mut self, ready: Ready, cx: &mut Cx<'_>) -> Result<(), DeviceError> {
-        match ready.token {
-            RETRY => self.retry(cx),
-            _ => {
-                if ready.readable && !self.starved {
-                    self.receive(cx)?;
-                }
-                if ready.writable && self.full {
-                    self.transmit(cx)?;
-                }
-                Ok(())
-            }
+        if ready.token == RETRY {
+            return self.retry(cx);
         }
+        let pair = usize::try_from(ready.token).ok().and_then(|n| self.pairs[..self.active].get_mut(n));
+        let Some(pair) = pair else { return Ok(()) };
+        let outcome = pair.ready((ready.readable, ready.writable), self.features, cx)?;
+        self.settle(outcome, cx)
     }
 
     fn drain(&mut self, cx: &mut Cx<'_>) -> Result<(), DeviceError> {
         // The last words of connections. A peer that is slow is not waited for.
-        self.transmit(cx)
+        (0..self.active).try_for_each(|n| self.on_pair(2 * n + 1, cx))
     }
 
     fn stop(&mut self) {
-        self.rx.reset(false, 0);
-        self.tx.reset();
-        (self.starved, self.full, self.watch, self.timer) = (true, false, None, None);
+        for (n, pair) in self.pairs.iter_mut().enumerate() {
+            pair.stop();
+            if (1..self.active).contains(&n)
+                && pair.peer.fd().is_some()
+                && let Err(e) = pair.peer.set_active(false)
+            {
+                tracing::warn!("network: {} keeps a queue: {e}", pair.peer.name());
+            }
+        }
+        (self.active, self.timer) = (1, None);
     }
 }

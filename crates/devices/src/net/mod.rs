@@ -7,10 +7,12 @@
 
 mod checksum;
 mod config;
+mod control;
 mod device;
 #[cfg(any(test, feature = "mock"))]
 mod fuzz;
 mod header;
+mod pair;
 mod peer;
 mod receive;
 mod spec;
@@ -43,6 +45,8 @@ mod feature {
     pub const HOST_UFO: u32 = 14;
     pub const MRG_RXBUF: u32 = 15;
     pub const STATUS: u32 = 16;
+    pub const CTRL_VQ: u32 = 17;
+    pub const MQ: u32 = 22;
 }
 
 /// Says that something was left out: at its first, second, fourth, eighth time and so on, as a guest or a peer

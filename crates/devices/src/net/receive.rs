@@ -9,12 +9,10 @@ use super::header::{self, HEADER};
 use super::peer::Peer;
 use super::{Complaint, ETHERNET_HEADER};
 
-/// Index of the queue.
-pub const QUEUE: usize = 0;
-
 /// The guest's buffers that were taken from its queue.
-#[derive(Debug, Default)]
+#[derive(Debug)]
 pub struct Receive {
+    queue: usize,
     /// In order; all of them are writable for more than a header.
     buffers: VecDeque<Chain>,
     /// Bytes of room in them.
@@ -38,6 +36,12 @@ pub enum Stopped {
 }
 
 impl Receive {
+    /// For the queue with this index.
+    pub fn new(queue: usize) -> Self {
+        let (buffers, complaint) = Default::default();
+        Self { queue, buffers, room: 0, merge: false, limit: 0, complaint }
+    }
+
     /// Forgets the guest's buffers.
     pub fn reset(&mut self, merge: bool, limit: u16) {
         self.buffers.clear();
@@ -72,7 +76,7 @@ impl Receive {
     /// fit has room, as it is dropped.
     fn find_room(&mut self, len: usize, cx: &mut Cx<'_>) -> Result<bool, DeviceError> {
         while self.buffers.is_empty() || self.merge && self.room < len && self.buffers.len() < self.limit {
-            let Some(chain) = cx.pop(QUEUE)? else { return Ok(false) };
+            let Some(chain) = cx.pop(self.queue)? else { return Ok(false) };
             let room = chain.writable_len() as usize;
             if room < HEADER {
                 let text = format!("a receive buffer of {room} bytes; the header alone takes {HEADER}");
@@ -115,6 +119,6 @@ impl Receive {
         });
         self.room = self.room.saturating_sub(room);
         // Together: a driver that sees one buffer of a frame expects to see the others.
-        cx.complete_together(QUEUE, filled)
+        cx.complete_together(self.queue, filled)
     }
 }

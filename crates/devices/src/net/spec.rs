@@ -16,6 +16,14 @@ pub struct NetSpec {
     /// What the peer takes on for the guest, or the guest for the peer. One that needs another one which is not
     /// there is left out.
     pub offloads: Offloads,
+    /// Most pairs of queues, up to [`NetSpec::MAX_PAIRS`]: as many as the guest has processors. Only a tap interface
+    /// has more than one, and only if it is made here or was made for several.
+    pub pairs: u16,
+}
+
+impl NetSpec {
+    /// More than this many pairs are of no use, as one thread serves them.
+    pub const MAX_PAIRS: u16 = 8;
 }
 
 /// The other side.

@@ -1,5 +1,7 @@
 //! The device with a driver and a peer, both of which the tests play.
 
+mod several;
+
 use std::io::{Read, Write};
 use std::os::unix::net::{UnixDatagram, UnixListener, UnixStream};
 use std::time::{Duration, Instant};
@@ -8,15 +10,16 @@ use krun_virtio::DeviceError;
 use krun_virtio::mock::Harness;
 
 use super::header::HEADER;
-use super::receive::QUEUE as RX;
-use super::transmit::QUEUE as TX;
 use super::{MAX_FRAME, Net, NetError, NetSpec, Offloads, PeerSpec, Socket, checksum, feature};
 
 const MAC: [u8; 6] = [0x52, 0x54, 0, 0, 0, 1];
+/// The first pair's queues.
+const RX: usize = 0;
+const TX: usize = 1;
 const PATIENCE: Duration = Duration::from_secs(20);
 
 fn spec(peer: PeerSpec, offloads: Offloads) -> NetSpec {
-    NetSpec { mac: MAC, peer, offloads }
+    NetSpec { mac: MAC, peer, offloads, pairs: 1 }
 }
 
 fn stream(offloads: Offloads) -> (Net, UnixStream) {
@@ -64,11 +67,15 @@ fn until(h: &mut Harness, what: &str, mut done: impl FnMut(&mut Harness) -> bool
 
 /// The frame in the next buffers that came back, without its header.
 fn received(h: &mut Harness) -> Option<Vec<u8>> {
-    let first = h.collect(RX)?;
+    received_on(h, RX)
+}
+
+fn received_on(h: &mut Harness, queue: usize) -> Option<Vec<u8>> {
+    let first = h.collect(queue)?;
     let count = u16::from_le_bytes([first.data[10], first.data[11]]);
     let mut bytes = first.data[HEADER..].to_vec();
     for _ in 1..count {
-        bytes.extend(h.collect(RX).expect("all buffers of a frame are there at once").data);
+        bytes.extend(h.collect(queue).expect("all buffers of a frame are there at once").data);
     }
     Some(bytes)
 }
@@ -344,7 +351,7 @@ fn errors_say_what_is_wrong() {
     assert!(text.contains("1 to 15 characters"), "{text}");
     for (mac, why) in [([1, 0, 0, 0, 0, 0], "multicast"), ([0; 6], "zero")] {
         let peer = PeerSpec::Tap("x".into());
-        let error = Net::new(NetSpec { mac, peer, offloads: Offloads::empty() }).unwrap_err();
+        let error = Net::new(NetSpec { mac, peer, offloads: Offloads::empty(), pairs: 1 }).unwrap_err();
         assert!(matches!(error, NetError::Mac { .. }) && error.to_string().contains(why), "{error}");
     }
 }

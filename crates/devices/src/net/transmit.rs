@@ -6,18 +6,12 @@ use krun_virtio::{Chain, Cx, DeviceError};
 
 use super::header::{HEADER, Header};
 use super::peer::{Peer, Sent};
-use super::{Complaint, MAX_FRAME};
+use super::{Complaint, ETHERNET_HEADER, MAX_FRAME};
 
-/// Index of the queue.
-pub const QUEUE: usize = 1;
-
-/// The frame that is being sent.
-#[derive(Debug, Default)]
+/// Takes frames out of the guest's memory.
+#[derive(Debug)]
 pub struct Transmit {
-    header: [u8; HEADER],
-    frame: Vec<u8>,
-    /// `frame` is to be sent.
-    pending: bool,
+    queue: usize,
     complaint: Complaint,
 }
 
@@ -33,9 +27,9 @@ pub enum Stopped {
 }
 
 impl Transmit {
-    /// Forgets the frame that is being sent.
-    pub fn reset(&mut self) {
-        self.pending = false;
+    /// For the queue with this index.
+    pub fn new(queue: usize) -> Self {
+        Self { queue, complaint: Complaint::default() }
     }
 
     /// Sends what the guest has, as long as the peer takes it.
@@ -45,59 +39,84 @@ impl Transmit {
         features: u64,
         cx: &mut Cx<'_>,
     ) -> Result<Stopped, DeviceError> {
-        loop {
-            if self.pending {
-                match peer.send(&self.header, &self.frame) {
-                    Ok(Sent::Taken) => {}
-                    Ok(Sent::Full) => return Ok(Stopped::Full),
-                    Ok(Sent::Refused(e)) => {
-                        let len = self.frame.len();
-                        self.complaint
-                            .about(&format_args!("{} refuses a frame of {len} bytes: {e}", peer.name()));
-                    }
-                    Err(e) => return Ok(Stopped::Lost(e)),
+        while let Some(chain) = cx.pop(self.queue)? {
+            let Some(len) = self.frame_len(&chain) else {
+                cx.complete(self.queue, chain, 0)?;
+                continue;
+            };
+            let fill = !peer.has_header();
+            let header = match peer.room(len) {
+                Ok(Some(room)) => self.load(room, &chain, cx, features, fill),
+                Ok(None) => {
+                    cx.unpop(self.queue, chain);
+                    return Ok(Stopped::Full);
                 }
-                self.pending = false;
+                Err(e) => {
+                    cx.unpop(self.queue, chain);
+                    return Ok(Stopped::Lost(e));
+                }
+            };
+            cx.complete(self.queue, chain, 0)?;
+            match header.map(|header| peer.send(&header)) {
+                None | Some(Ok(Sent::Taken)) => {}
+                Some(Ok(Sent::Refused(e))) => {
+                    self.complaint
+                        .about(&format_args!("{} refuses a frame of {len} bytes: {e}", peer.name()));
+                }
+                Some(Err(e)) => return Ok(Stopped::Lost(e)),
             }
-            let Some(chain) = cx.pop(QUEUE)? else { break };
-            self.pending = self.load(&chain, cx, features, !peer.has_header());
-            cx.complete(QUEUE, chain, 0)?;
         }
         Ok(match peer.flush() {
-            Ok(Sent::Full) => Stopped::Full,
-            Ok(_) => Stopped::Empty,
+            Ok(true) => Stopped::Empty,
+            Ok(false) => Stopped::Full,
             Err(e) => Stopped::Lost(e),
         })
     }
 
     /// Throws away what the guest has.
     pub fn discard(&mut self, cx: &mut Cx<'_>) -> Result<(), DeviceError> {
-        self.pending = false;
-        while let Some(chain) = cx.pop(QUEUE)? {
-            cx.complete(QUEUE, chain, 0)?;
+        while let Some(chain) = cx.pop(self.queue)? {
+            cx.complete(self.queue, chain, 0)?;
         }
         Ok(())
     }
 
-    /// Copies a frame out of the guest's memory and makes it ready to send; false if it is not to be.
-    fn load(&mut self, chain: &Chain, cx: &Cx<'_>, features: u64, fill: bool) -> bool {
-        let mut reader = chain.reader(cx.memory());
-        let result = reader.read_exact(&mut self.header);
-        // One byte too many is enough to know.
-        self.frame.resize(reader.remaining().min(MAX_FRAME + 1), 0);
-        if let Err(e) = result.and_then(|()| reader.read_exact(&mut self.frame)) {
-            let len = chain.readable_len();
-            self.complaint.about(&format_args!("the guest's {len} bytes are no frame with a header: {e}"));
-            return false;
+    /// Bytes of the frame, if it can be one.
+    fn frame_len(&mut self, chain: &Chain) -> Option<usize> {
+        let total = chain.readable_len() as usize;
+        let len = total.checked_sub(HEADER).filter(|len| (ETHERNET_HEADER..=MAX_FRAME).contains(len));
+        if len.is_none() {
+            self.complaint.about(&format_args!(
+                "the guest's {total} bytes are dropped: a frame with its header takes {} to {}",
+                HEADER + ETHERNET_HEADER,
+                HEADER + MAX_FRAME
+            ));
         }
-        let header = Header(&self.header);
-        if let Err(e) = header.check(&self.frame, features) {
+        len
+    }
+
+    /// Copies a frame out of the guest's memory and makes it ready to send; `None` if it is not to be.
+    fn load(
+        &mut self,
+        room: &mut [u8],
+        chain: &Chain,
+        cx: &Cx<'_>,
+        features: u64,
+        fill: bool,
+    ) -> Option<[u8; HEADER]> {
+        let (mut reader, mut bytes) = (chain.reader(cx.memory()), [0; HEADER]);
+        if let Err(e) = reader.read_exact(&mut bytes).and_then(|()| reader.read_exact(room)) {
+            self.complaint.about(&format_args!("the guest's frame cannot be read: {e}"));
+            return None;
+        }
+        let header = Header(&bytes);
+        if let Err(e) = header.check(room, features) {
             self.complaint.about(&e);
-            return false;
+            return None;
         }
         if fill {
-            header.fill(&mut self.frame);
+            header.fill(room);
         }
-        true
+        Some(bytes)
     }
 }

@@ -110,6 +110,11 @@ impl Harness {
         self.config.as_ref()
     }
 
+    /// The features that the driver has accepted.
+    pub fn features(&self) -> u64 {
+        self.features
+    }
+
     /// The driver's side of `queue`.
     pub fn driver(&mut self, queue: usize) -> &mut DriverQueue {
         &mut self.drivers[queue]

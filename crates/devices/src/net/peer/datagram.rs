@@ -32,6 +32,16 @@ pub struct Datagram {
     frame: Vec<u8>,
     /// Bytes of it that are the next frame.
     len: Option<usize>,
+    output: Output,
+}
+
+/// The frame that is sent.
+#[derive(Debug, Default)]
+struct Output {
+    /// As long as the frame.
+    frame: Vec<u8>,
+    /// It was not taken yet.
+    waits: bool,
 }
 
 /// Where the peer sends its answers; the name goes away with the value.
@@ -54,7 +64,14 @@ impl Datagram {
             },
         };
         widen(&socket.0);
-        Ok(Self { path, vfkit, socket: Some(socket), frame: Vec::new(), len: None })
+        Ok(Self {
+            path,
+            vfkit,
+            socket: Some(socket),
+            frame: Vec::new(),
+            len: None,
+            output: Output::default(),
+        })
     }
 
     fn socket(&self) -> io::Result<&OwnedFd> {
@@ -129,21 +146,41 @@ impl Peer for Datagram {
         self.len = None;
     }
 
-    fn send(&mut self, _: &[u8; HEADER], frame: &[u8]) -> io::Result<Sent> {
-        loop {
-            return match send(self.socket()?, frame, SendFlags::DONTWAIT | SendFlags::NOSIGNAL) {
-                Ok(_) => Ok(Sent::Taken),
-                Err(Errno::INTR) => continue,
-                Err(Errno::AGAIN) => Ok(Sent::Full),
-                // Larger than the host's buffers, which no waiting changes.
-                Err(e @ (Errno::MSGSIZE | Errno::NOBUFS)) => Ok(Sent::Refused(e.into())),
-                Err(e) => Err(e.into()),
-            };
+    fn room(&mut self, len: usize) -> io::Result<Option<&mut [u8]>> {
+        if !self.flush()? {
+            return Ok(None);
+        }
+        self.output.frame.resize(len, 0);
+        Ok(Some(&mut self.output.frame))
+    }
+
+    fn send(&mut self, _: &[u8; HEADER]) -> io::Result<Sent> {
+        self.output.waits = true;
+        match self.flush() {
+            Ok(_) => Ok(Sent::Taken),
+            // Larger than the host's buffers, which no waiting changes.
+            Err(e) if matches!(Errno::from_io_error(&e), Some(Errno::MSGSIZE | Errno::NOBUFS)) => {
+                self.output.waits = false;
+                Ok(Sent::Refused(e))
+            }
+            Err(e) => Err(e),
         }
     }
 
+    fn flush(&mut self) -> io::Result<bool> {
+        while self.output.waits {
+            match send(self.socket()?, &self.output.frame, SendFlags::DONTWAIT | SendFlags::NOSIGNAL) {
+                Ok(_) => self.output.waits = false,
+                Err(Errno::INTR) => {}
+                Err(Errno::AGAIN) => return Ok(false),
+                Err(e) => return Err(e.into()),
+            }
+        }
+        Ok(true)
+    }
+
     fn close(&mut self) -> bool {
-        (self.socket, self.len) = (None, None);
+        (self.socket, self.len, self.output.waits) = (None, None, false);
         self.path.is_some()
     }
 
@@ -177,10 +214,14 @@ mod tests {
         assert_eq!(datagram.next().unwrap(), Some(&[3; MAX_FRAME][..]));
         datagram.take();
         assert_eq!(datagram.next().unwrap(), None);
-        assert!(matches!(datagram.send(&[0; HEADER], &[4; 60]).unwrap(), Sent::Taken));
+        let send = |datagram: &mut Datagram| {
+            datagram.room(60).unwrap().unwrap().fill(4);
+            datagram.send(&[0; HEADER])
+        };
+        assert!(matches!(send(&mut datagram).unwrap(), Sent::Taken));
         assert_eq!(peer.recv(&mut bytes).unwrap(), 60);
         drop(peer);
-        assert!(datagram.send(&[0; HEADER], &[4; 60]).is_err());
+        assert!(send(&mut datagram).is_err());
         assert!(datagram.close());
         assert!(!own.exists(), "the name stays behind");
         assert!(datagram.connect().is_err(), "nobody is there");

@@ -4,8 +4,9 @@ use crate::net::MAX_FRAME;
 
 /// Bytes of a length.
 pub const PREFIX: usize = 4;
-/// Bytes that are read at once, and more than a frame needs.
-const CAPACITY: usize = 128 << 10;
+/// Bytes of a buffer, and of them the least that are read at once, which is more than a frame needs.
+const CAPACITY: usize = 256 << 10;
+const AT_ONCE: usize = 128 << 10;
 
 /// A length that no frame has: whatever follows, it is not the start of a frame.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
@@ -46,7 +47,8 @@ impl Frames {
         if self.buffer.is_empty() {
             self.buffer = vec![0; CAPACITY];
         }
-        if self.start > 0 {
+        // What is left of a frame is moved seldom.
+        if self.start == self.end || self.buffer.len() - self.end < AT_ONCE {
             self.buffer.copy_within(self.start..self.end, 0);
             (self.start, self.end) = (0, self.end - self.start);
         }

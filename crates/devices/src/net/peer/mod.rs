@@ -22,8 +22,6 @@ use super::spec::{NetError, PeerSpec};
 pub enum Sent {
     /// The peer has it, or a buffer on its way.
     Taken,
-    /// Not taken. Comes in when the descriptor can be written to.
-    Full,
     /// The peer does not want this one.
     Refused(io::Error),
 }
@@ -43,6 +41,12 @@ pub trait Peer: Send {
         false
     }
 
+    /// Whether its queue is in use. One of several is not before this says so; the first one always is.
+    fn set_active(&mut self, active: bool) -> io::Result<()> {
+        let _ = active;
+        Ok(())
+    }
+
     /// What the guest's driver accepted.
     fn set_features(&mut self, features: u64) -> io::Result<()> {
         let _ = features;
@@ -55,13 +59,15 @@ pub trait Peer: Send {
     /// Goes on to the frame after that.
     fn take(&mut self);
 
-    /// Sends a frame: `header` is for those that have it.
-    fn send(&mut self, header: &[u8; HEADER], frame: &[u8]) -> io::Result<Sent>;
+    /// Room for a frame of `len` bytes, at most [`MAX_FRAME`](super::MAX_FRAME), which [`Peer::send`] is for. `None` while
+    /// the peer is slow: its descriptor can be written to when it is no more.
+    fn room(&mut self, len: usize) -> io::Result<Option<&mut [u8]>>;
 
-    /// Sends what is in buffers; `Full` when some of it is left.
-    fn flush(&mut self) -> io::Result<Sent> {
-        Ok(Sent::Taken)
-    }
+    /// Sends what was put in the last room: `header` is for those that have it.
+    fn send(&mut self, header: &[u8; HEADER]) -> io::Result<Sent>;
+
+    /// Sends what is in buffers; false while the peer is slow and some of it is left.
+    fn flush(&mut self) -> io::Result<bool>;
 
     /// The connection is gone; forgets what was in buffers. True when [`Peer::connect`] makes sense.
     fn close(&mut self) -> bool;
@@ -70,12 +76,14 @@ pub trait Peer: Send {
     fn connect(&mut self) -> io::Result<()>;
 }
 
-/// Makes the first connection.
-pub fn open(spec: PeerSpec) -> Result<Box<dyn Peer>, NetError> {
+/// Makes the first connection: a value for each queue that the peer has, at most `queues`.
+pub fn open(spec: PeerSpec, queues: u16) -> Result<Vec<Box<dyn Peer>>, NetError> {
     Ok(match spec {
-        PeerSpec::Stream(socket) => Box::new(Stream::open(socket)?),
-        PeerSpec::Datagram { socket, vfkit } => Box::new(Datagram::open(socket, vfkit)?),
-        PeerSpec::Tap(name) => Box::new(Tap::open(name)?),
+        PeerSpec::Stream(socket) => vec![Box::new(Stream::open(socket)?)],
+        PeerSpec::Datagram { socket, vfkit } => vec![Box::new(Datagram::open(socket, vfkit)?)],
+        PeerSpec::Tap(name) => {
+            Tap::open(&name, queues)?.into_iter().map(|tap| Box::new(tap) as Box<dyn Peer>).collect()
+        }
     })
 }
 

@@ -21,6 +21,9 @@ const KIND: &str = "stream";
 /// which holds whole frames then: versions of passt before 2024 lose their place in the stream when a frame comes in more
 /// than two pieces.
 const BATCH: usize = 48_000;
+/// A read of fewer bytes is an answer or a question, after which nothing more is expected at once. In a flow of data it
+/// pays to look again.
+const FEW: usize = 4096;
 
 /// The connection and what is under way.
 #[derive(Debug)]
@@ -28,9 +31,55 @@ pub struct Stream {
     path: Option<PathBuf>,
     socket: Option<OwnedFd>,
     input: Frames,
-    /// Frames with their lengths, of which `sent` bytes are gone.
-    output: Vec<u8>,
-    sent: usize,
+    /// The last read got all that there was, which was little.
+    drained: bool,
+    output: Output,
+}
+
+/// Frames with their lengths.
+#[derive(Debug, Default)]
+struct Output {
+    /// Empty until it is needed.
+    buffer: Vec<u8>,
+    /// What of it waits.
+    start: usize,
+    end: usize,
+    /// Length of the frame for which there was room after that.
+    next: usize,
+}
+
+impl Output {
+    /// A batch, or a little less of one and a frame of any length.
+    const CAPACITY: usize = BATCH + PREFIX + MAX_FRAME;
+
+    fn waiting(&self) -> usize {
+        self.end - self.start
+    }
+
+    /// Whether a frame is to go with those that wait.
+    fn fits(&self, len: usize) -> bool {
+        self.waiting() == 0 || self.waiting() + PREFIX + len <= BATCH
+    }
+
+    /// Where the next frame is to be put.
+    fn room(&mut self, len: usize) -> &mut [u8] {
+        if self.buffer.is_empty() {
+            self.buffer = vec![0; Self::CAPACITY];
+        }
+        self.next = len;
+        &mut self.buffer[self.end + PREFIX..][..len]
+    }
+
+    /// The frame is there.
+    fn add(&mut self) {
+        let prefix = (self.next as u32).to_be_bytes();
+        self.buffer[self.end..][..PREFIX].copy_from_slice(&prefix);
+        self.end += PREFIX + self.next;
+    }
+
+    fn clear(&mut self) {
+        (self.start, self.end) = (0, 0);
+    }
 }
 
 impl Stream {
@@ -43,7 +92,13 @@ impl Stream {
             },
         };
         widen(&socket);
-        Ok(Self { path, socket: Some(socket), input: Frames::default(), output: Vec::new(), sent: 0 })
+        Ok(Self {
+            path,
+            socket: Some(socket),
+            input: Frames::default(),
+            drained: false,
+            output: Output::default(),
+        })
     }
 }
 
@@ -73,12 +128,19 @@ impl Peer for Stream {
     fn next(&mut self) -> io::Result<Option<&[u8]>> {
         let invalid = |e| io::Error::new(io::ErrorKind::InvalidData, e);
         while self.input.next().map_err(invalid)?.is_none() {
+            // What has come since is told by the descriptor: a call less for each wake-up.
+            if std::mem::take(&mut self.drained) {
+                return Ok(None);
+            }
             let socket = self.socket.as_ref().ok_or_else(gone)?;
             match recv(socket, self.input.room(), RecvFlags::DONTWAIT) {
                 Ok((0, _)) => {
                     return Err(io::Error::new(io::ErrorKind::UnexpectedEof, "the peer has closed it"));
                 }
-                Ok((len, _)) => self.input.fill(len),
+                Ok((len, _)) => {
+                    self.drained = len < FEW;
+                    self.input.fill(len);
+                }
                 Err(Errno::AGAIN) => return Ok(None),
                 Err(Errno::INTR) => {}
                 Err(e) => return Err(e.into()),
@@ -91,42 +153,45 @@ impl Peer for Stream {
         self.input.take();
     }
 
-    fn send(&mut self, _: &[u8; HEADER], frame: &[u8]) -> io::Result<Sent> {
-        debug_assert!(frame.len() <= MAX_FRAME);
-        let waiting = self.output.len() - self.sent;
-        if waiting > 0 && waiting + PREFIX + frame.len() > BATCH && matches!(self.flush()?, Sent::Full) {
-            return Ok(Sent::Full);
+    fn room(&mut self, len: usize) -> io::Result<Option<&mut [u8]>> {
+        debug_assert!(len <= MAX_FRAME);
+        if !self.output.fits(len) && !self.flush()? {
+            return Ok(None);
         }
-        self.output.extend_from_slice(&(frame.len() as u32).to_be_bytes());
-        self.output.extend_from_slice(frame);
+        Ok(Some(self.output.room(len)))
+    }
+
+    fn send(&mut self, _: &[u8; HEADER]) -> io::Result<Sent> {
+        self.output.add();
         Ok(Sent::Taken)
     }
 
-    fn flush(&mut self) -> io::Result<Sent> {
+    fn flush(&mut self) -> io::Result<bool> {
         let socket = self.socket.as_ref().ok_or_else(gone)?;
-        while self.sent < self.output.len() {
-            match send(socket, &self.output[self.sent..], SendFlags::DONTWAIT | SendFlags::NOSIGNAL) {
-                Ok(len) => self.sent += len,
+        let output = &mut self.output;
+        while output.waiting() > 0 {
+            let bytes = &output.buffer[output.start..output.end];
+            match send(socket, bytes, SendFlags::DONTWAIT | SendFlags::NOSIGNAL) {
+                Ok(len) => output.start += len,
                 Err(Errno::INTR) => {}
                 Err(Errno::AGAIN) => {
                     // So that what is gone does not pile up before what is to go.
-                    self.output.drain(..self.sent);
-                    self.sent = 0;
-                    return Ok(Sent::Full);
+                    output.buffer.copy_within(output.start..output.end, 0);
+                    (output.start, output.end) = (0, output.waiting());
+                    return Ok(false);
                 }
                 Err(e) => return Err(e.into()),
             }
         }
-        self.output.clear();
-        self.sent = 0;
-        Ok(Sent::Taken)
+        output.clear();
+        Ok(true)
     }
 
     fn close(&mut self) -> bool {
         self.socket = None;
         self.input.clear();
+        self.drained = false;
         self.output.clear();
-        self.sent = 0;
         self.path.is_some()
     }
 

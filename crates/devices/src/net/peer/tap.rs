@@ -19,16 +19,39 @@ pub struct Tap {
     frame: Vec<u8>,
     /// Bytes of it that are the next frame with its header.
     len: Option<usize>,
-    /// A frame for the host in one piece.
+    /// A frame for the host with its header before it.
     output: Vec<u8>,
+    /// It was not taken yet.
+    waits: bool,
 }
 
 impl Tap {
-    pub fn open(name: String) -> Result<Self, NetError> {
-        match sys::open_tap(&name, HEADER) {
-            Ok(file) => Ok(Self { name, file: Some(file), frame: Vec::new(), len: None, output: Vec::new() }),
-            Err(source) => Err(NetError::Tap { name, source }),
+    /// Attaches to the interface with up to so many queues; one that was made for one queue has one. Only the first is
+    /// in use.
+    pub fn open(name: &str, queues: u16) -> Result<Vec<Self>, NetError> {
+        let fail = |source| NetError::Tap { name: name.into(), source };
+        let (first, several) = sys::open_tap(name, HEADER, queues > 1).map_err(fail)?;
+        let mut files = vec![first];
+        while several && files.len() < queues.into() {
+            match sys::open_tap_queue(name, HEADER) {
+                Ok(file) => files.push(file),
+                Err(e) => {
+                    tracing::info!("network: {name} has {} queues and not {queues}: {e}", files.len());
+                    break;
+                }
+            }
         }
+        let new = |file| Self {
+            name: name.into(),
+            file: Some(file),
+            frame: Vec::new(),
+            len: None,
+            output: Vec::new(),
+            waits: false,
+        };
+        let mut taps: Vec<_> = files.into_iter().map(new).collect();
+        taps.iter_mut().skip(1).try_for_each(|tap| tap.set_active(false)).map_err(fail)?;
+        Ok(taps)
     }
 
     fn file(&self) -> io::Result<&OwnedFd> {
@@ -47,6 +70,11 @@ impl Peer for Tap {
 
     fn has_header(&self) -> bool {
         true
+    }
+
+    fn set_active(&mut self, active: bool) -> io::Result<()> {
+        (self.len, self.waits) = (None, false);
+        sys::attach_tap_queue(self.file()?, active)
     }
 
     fn set_features(&mut self, features: u64) -> io::Result<()> {
@@ -72,25 +100,43 @@ impl Peer for Tap {
         self.len = None;
     }
 
-    fn send(&mut self, header: &[u8; HEADER], frame: &[u8]) -> io::Result<Sent> {
-        self.output.clear();
-        self.output.extend_from_slice(header);
-        self.output.extend_from_slice(frame);
-        loop {
-            return match rustix::io::write(self.file()?, &self.output) {
-                Ok(_) => Ok(Sent::Taken),
-                Err(Errno::INTR) => continue,
-                Err(Errno::AGAIN) => Ok(Sent::Full),
-                // The interface is gone.
-                Err(e @ Errno::BADFD) => Err(e.into()),
-                // The interface is down, or the kernel does not believe the header.
-                Err(e) => Ok(Sent::Refused(e.into())),
-            };
+    fn room(&mut self, len: usize) -> io::Result<Option<&mut [u8]>> {
+        if !self.flush()? {
+            return Ok(None);
+        }
+        self.output.resize(HEADER + len, 0);
+        Ok(Some(&mut self.output[HEADER..]))
+    }
+
+    fn send(&mut self, header: &[u8; HEADER]) -> io::Result<Sent> {
+        self.output[..HEADER].copy_from_slice(header);
+        self.waits = true;
+        match self.flush() {
+            Ok(_) => Ok(Sent::Taken),
+            // The interface is gone.
+            Err(e) if Errno::from_io_error(&e) == Some(Errno::BADFD) => Err(e),
+            // The interface is down, or the kernel does not believe the header.
+            Err(e) => {
+                self.waits = false;
+                Ok(Sent::Refused(e))
+            }
         }
     }
 
+    fn flush(&mut self) -> io::Result<bool> {
+        while self.waits {
+            match rustix::io::write(self.file()?, &self.output) {
+                Ok(_) => self.waits = false,
+                Err(Errno::INTR) => {}
+                Err(Errno::AGAIN) => return Ok(false),
+                Err(e) => return Err(e.into()),
+            }
+        }
+        Ok(true)
+    }
+
     fn close(&mut self) -> bool {
-        (self.file, self.len) = (None, None);
+        (self.file, self.len, self.waits) = (None, None, false);
         false
     }
 

@@ -21,11 +21,30 @@ const OFFLOADS: [(u32, libc::c_uint); 4] = [
 /// The one that not every kernel has.
 const UFO: libc::c_uint = 0x10;
 
-/// Attaches to the tap interface `name`, with headers of `header` bytes before each frame.
+/// Attaches to the tap interface `name`, with headers of `header` bytes before each frame, for several queues if that is
+/// `wanted` and as the interface was made if there is one; says for which.
 ///
 /// # Errors
 /// The host's answer.
-pub fn open_tap(name: &str, header: usize) -> io::Result<OwnedFd> {
+pub fn open_tap(name: &str, header: usize, wanted: bool) -> io::Result<(OwnedFd, bool)> {
+    match attach(name, header, wanted) {
+        // It was made for the other.
+        Err(e) if e.raw_os_error() == Some(libc::EINVAL) => {
+            attach(name, header, !wanted).map(|file| (file, !wanted))
+        }
+        other => other.map(|file| (file, wanted)),
+    }
+}
+
+/// Attaches to one more queue of an interface that has several.
+///
+/// # Errors
+/// The host's answer, that there are enough for one.
+pub fn open_tap_queue(name: &str, header: usize) -> io::Result<OwnedFd> {
+    attach(name, header, true)
+}
+
+fn attach(name: &str, header: usize, several: bool) -> io::Result<OwnedFd> {
     if name.is_empty()
         || name.len() > MAX_NAME
         || name.contains(['\0', '/', '%'])
@@ -36,18 +55,35 @@ pub fn open_tap(name: &str, header: usize) -> io::Result<OwnedFd> {
     }
     let flags = OFlags::RDWR | OFlags::CLOEXEC | OFlags::NONBLOCK;
     let file = rustix::fs::open("/dev/net/tun", flags, Mode::empty())?;
-    // SAFETY: all-zero bytes are a valid `ifreq`.
-    let mut request: libc::ifreq = unsafe { std::mem::zeroed() };
+    let several = if several { libc::IFF_MULTI_QUEUE } else { 0 };
+    let mut request = request(libc::IFF_TAP | libc::IFF_NO_PI | libc::IFF_VNET_HDR | several);
     for (to, from) in request.ifr_name.iter_mut().zip(name.bytes()) {
         *to = from.cast_signed();
     }
-    request.ifr_ifru.ifru_flags = (libc::IFF_TAP | libc::IFF_NO_PI | libc::IFF_VNET_HDR) as libc::c_short;
     // SAFETY: the request reads and writes one `ifreq`, which lives across the call.
     check(unsafe { libc::ioctl(file.as_raw_fd(), libc::TUNSETIFF as _, &raw mut request) })?;
     let size = header as libc::c_int;
     // SAFETY: the request reads one `int`, which lives across the call.
     check(unsafe { libc::ioctl(file.as_raw_fd(), libc::TUNSETVNETHDRSZ as _, &raw const size) })?;
     Ok(file)
+}
+
+/// A request with flags and no name.
+fn request(flags: libc::c_int) -> libc::ifreq {
+    // SAFETY: all-zero bytes are a valid `ifreq`.
+    let mut request: libc::ifreq = unsafe { std::mem::zeroed() };
+    request.ifr_ifru.ifru_flags = flags as libc::c_short;
+    request
+}
+
+/// Lets frames into and out of a queue of an interface that has several, or not. It is attached at first.
+///
+/// # Errors
+/// The host's answer.
+pub fn attach_tap_queue(tap: &OwnedFd, active: bool) -> io::Result<()> {
+    let request = request(if active { libc::IFF_ATTACH_QUEUE } else { libc::IFF_DETACH_QUEUE });
+    // SAFETY: the request reads one `ifreq`, which lives across the call.
+    check(unsafe { libc::ioctl(tap.as_raw_fd(), libc::TUNSETQUEUE as _, &raw const request) })
 }
 
 /// Tells the interface what the guest takes.
