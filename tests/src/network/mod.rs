@@ -5,7 +5,9 @@ pub mod gvproxy;
 pub mod lease;
 pub mod passt;
 pub mod peers;
+pub mod queues;
 pub mod routers;
+pub mod slow;
 
 use std::ffi::OsString;
 use std::io::{Read, Write};

@@ -20,13 +20,14 @@ pub const TAP: Case = Case { name: "net_tap", host: tap, guest: guest_tap };
 pub const DATAGRAM: Case = Case { name: "net_datagram", host: datagram, guest: guest_datagram };
 
 const SERVER: [u8; 4] = [10, 99, 0, 1];
-const SERVER_TEXT: &str = "10.99.0.1";
+pub const SERVER_TEXT: &str = "10.99.0.1";
 const ADDRESS: [u8; 4] = [10, 99, 0, 2];
 /// As the tap interface has it.
 const TAP_OFFER: Offer = Offer { address: ADDRESS, server: SERVER, mtu: 1500, seconds: 65535 };
 /// Room for a datagram of 20,000 bytes in one frame.
 const OFFER: Offer = Offer { address: ADDRESS, server: SERVER, mtu: 30_000, seconds: 65535 };
-const PORT: u16 = 7;
+/// Where UDP is echoed.
+pub const PORT: u16 = 7;
 
 fn guest_tap(args: &[OsString]) -> Result<u8, String> {
     let port = args.first().and_then(|w| w.to_str()?.parse().ok()).ok_or("no port")?;
@@ -41,7 +42,7 @@ fn guest_tap(args: &[OsString]) -> Result<u8, String> {
 }
 
 /// Answers DHCP clients on the tap interface for ever.
-fn serve_dhcp() -> Result<(), Failure> {
+pub fn serve_dhcp() -> Result<(), Failure> {
     // Where broadcasts go.
     ip("route add 255.255.255.255 dev tap0")?;
     let socket = UdpSocket::bind("0.0.0.0:67")?;
@@ -102,7 +103,7 @@ fn guest_datagram(_: &[OsString]) -> Result<u8, String> {
 const OWN_MAC: [u8; 6] = [0x5a, 0x94, 0xef, 0, 0, 1];
 
 /// The answer to a frame, if it is one that this peer knows.
-fn reply(frame: &[u8]) -> Option<Vec<u8>> {
+pub fn reply(frame: &[u8]) -> Option<Vec<u8>> {
     let mut out = [frame.get(6..12)?, &OWN_MAC, frame.get(12..14)?].concat();
     match frame[12..14] {
         [8, 6] if frame.get(38..42)? == SERVER && frame[21] == 1 => {
