@@ -22,7 +22,7 @@ const COMMANDS: &[Command] = &[
     ("demo", "", "runs a Python program in a microVM, getting what is missing", |_| demo::run()),
     (
         "bench",
-        "boot|io [ROUNDS] | net [SECONDS]",
+        "boot|io [ROUNDS] | net [ROUNDS [SECONDS [PEER...]]]",
         "boot, devices or networks beside peers, in the emulated host",
         bench::run,
     ),
