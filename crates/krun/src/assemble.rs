@@ -342,11 +342,12 @@ fn consoles(config: &mut VmConfig, mut control: Option<UnixStream>) -> Result<Co
             stdio.get_or_insert(ports.stdio);
         }
         let mut device = krun_devices::console::Console::new(ConsoleSpec { ports: ports.list })?;
-        if count > 0
-            && let Some(turn) = all.numbered.replace(device.numbered().clone())
-        {
-            let fail = |source| Error::Host { what: "create a timer", source };
-            device.after(turn.next().map_err(fail)?);
+        if count > 0 {
+            if let Some(before) = &all.numbered {
+                let fail = |source| Error::Host { what: "create a timer", source };
+                device.after(before.next().map_err(fail)?);
+            }
+            all.numbered = Some(device.numbered().clone());
         }
         all.handles.push(device.handle());
         all.terminals.extend(ports.terminals);

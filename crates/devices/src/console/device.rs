@@ -197,8 +197,9 @@ impl Console {
     }
 
     /// Makes this device tell of its ports only when the terminals of another one have their numbers in the guest. A
-    /// driver that leaves those alone delays it by some seconds.
+    /// driver that leaves those alone delays it by some seconds. What [`Self::numbered`] said before is about nothing then.
     pub fn after(&mut self, turn: Turn) {
+        self.numbered = turn.numbered();
         self.turn = Some(turn);
     }
 
@@ -433,8 +434,7 @@ impl VirtioDevice for Console {
         self.control = Control::new(self.facts.iter().cloned(), |id| shared.size(id));
         cx.watch(&self.shared.wake, WAKE, Interest::Read)
             .map_err(|source| DeviceError::Host { what: "watching the console's eventfd".into(), source })?;
-        if let Some(turn) = &mut self.turn {
-            turn.restart();
+        if let Some(turn) = &self.turn {
             cx.watch(turn, TURN, Interest::Read)
                 .map_err(|source| DeviceError::Host { what: "watching a console's turn".into(), source })?;
         }
@@ -513,7 +513,7 @@ impl VirtioDevice for Console {
             port.reset();
         }
         self.control = Control::new(self.facts.iter().cloned(), |_| None);
-        self.numbered.set(false);
+        self.numbered.restart();
         (self.more, self.more_control) = (0, false);
         // It is watched for the driver that is gone.
         (self.timer, self.timing) = (None, false);
