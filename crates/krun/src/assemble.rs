@@ -104,6 +104,10 @@ fn standard(
     Ok(ports)
 }
 
+/// Terminals that Linux makes for consoles, `/dev/hvc0` and so on (`HVC_ALLOC_TTY_ADAPTERS`). Later ones are there for the
+/// kernel's messages only.
+const TERMINALS_MAX: u32 = 8;
+
 fn terminals(ports: &[PortSpec]) -> usize {
     ports.iter().filter(|port| port.is_console()).count()
 }
@@ -354,7 +358,13 @@ fn consoles(config: &mut VmConfig, mut control: Option<UnixStream>) -> Result<Co
         all.devices.push(Box::new(device));
     }
     all.stdio = stdio.unwrap_or_default();
-    Ok(all)
+    match all.stdio {
+        // Without our init nobody looks for it.
+        wire::Stdio::Terminal { number, .. } if config.init && number >= TERMINALS_MAX => {
+            Err(Error::TerminalNumber { number, limit: TERMINALS_MAX })
+        }
+        _ => Ok(all),
+    }
 }
 
 #[cfg(test)]
@@ -414,6 +424,29 @@ mod tests {
         config.consoles =
             vec![Console::Ports(vec![Port::Stream { name: "s".into(), input: None, output: None }])];
         assert!(super::consoles(&mut config, None).unwrap().numbered.is_none());
+    }
+
+    #[test]
+    fn the_workload_s_terminal_is_one_that_linux_makes() {
+        let tty =
+            || OwnedFd::from(std::fs::File::options().read(true).write(true).open("/dev/ptmx").unwrap());
+        let console = |terminals: usize| {
+            let port = |_| Port::Terminal { name: String::new(), tty: tty() };
+            Console::Ports((0..terminals).map(port).collect())
+        };
+        let own = || Console::Standard { input: Some(tty()), output: Some(tty()), error: None };
+        let config = |consoles, init| VmConfig { consoles, init, ..VmConfig::default() };
+        let seven = vec![console(3), console(4), own(), console(2)];
+        let all = super::consoles(&mut config(seven, true), None).unwrap();
+        assert_eq!(all.stdio, wire::Stdio::Terminal { number: 7, ports: 0 });
+        let eight = || vec![console(3), console(5), own()];
+        let text = super::consoles(&mut config(eight(), true), None).err().unwrap().to_string();
+        assert!(text.contains("hvc8") && text.contains("8 terminals") && text.contains("before"), "{text}");
+        assert!(super::consoles(&mut config(eight(), false), None).is_ok());
+        // Streams need no terminal.
+        let streams =
+            Console::Standard { input: None, output: Some(std::io::pipe().unwrap().1.into()), error: None };
+        assert!(super::consoles(&mut config(vec![console(9), streams], true), None).is_ok());
     }
 
     #[test]

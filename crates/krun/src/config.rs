@@ -239,7 +239,7 @@ impl Console {
 /// A port of a console device.
 #[derive(Debug)]
 pub enum Port {
-    /// A terminal of the guest.
+    /// A terminal of the guest. Linux makes a file (`/dev/hvcN`) for the first eight only.
     Terminal {
         /// Port name; may be empty.
         name: String,

@@ -65,6 +65,19 @@ pub enum Error {
         /// The host's answer.
         source: io::Error,
     },
+    /// The command's terminal would come after too many others.
+    #[error(
+        "the command's terminal would be hvc{number} in the guest, and Linux makes only {limit} terminals (hvc0 to hvc{}): \
+         put its console before others, so that at most {} terminals come first",
+        limit - 1,
+        limit - 1
+    )]
+    TerminalNumber {
+        /// Terminals before it.
+        number: u32,
+        /// Terminals that Linux makes.
+        limit: u32,
+    },
     /// The host refused something small.
     #[error("cannot {what}: {source}")]
     Host {

@@ -11,7 +11,8 @@ use crate::{Error, VmConfig};
 /// A device and what speaks to it.
 pub(crate) type Made = (Box<dyn VirtioDevice>, VhostUserHandle);
 
-/// Connects to all back ends, in order. Their terminals get their numbers after those of `consoles`.
+/// Connects to all back ends, in order. Their terminals get their numbers after those of `consoles`, and in any order among
+/// themselves: when the guest has numbered those of another process is not seen here.
 pub(crate) fn devices(config: &mut VmConfig, consoles: Option<&Numbered>) -> Result<Vec<Made>, Error> {
     let device = |spec: VhostUser| -> Result<Made, Error> {
         let kind = spec.kind;
