@@ -4,7 +4,7 @@
 use std::path::Path;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Mutex, MutexGuard, PoisonError};
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use krun_event::Wake;
 use krun_virtio::{ConfigSpace, feature, mmio::CONFIG_MAX};
@@ -59,7 +59,7 @@ impl BackEnd {
     pub fn new(spec: VhostUserSpec) -> Result<Self, VhostUserError> {
         spec.validate()?;
         let cancel = Wake::new().map_err(|source| connect(&spec, source))?;
-        let mut session = open(&spec, Instant::now() + spec.timeout, &cancel)?;
+        let mut session = open(&spec, after(spec.timeout), &cancel)?;
         let mut features = session.features & FOR_GUESTS;
         if features & 1 << feature::VERSION_1 == 0 {
             return Err(lacks(&spec.path, "does not offer virtio 1.0"));
@@ -97,7 +97,7 @@ impl BackEnd {
 
     /// When all that is asked from now on must be answered.
     pub fn deadline(&self) -> Instant {
-        Instant::now() + self.spec.timeout
+        after(self.spec.timeout)
     }
 
     /// The connection; `None` when it was lost.
@@ -199,6 +199,15 @@ impl ConfigSpace for BackEnd {
             tracing::debug!(device = self.spec.name(), "the guest's write to its configuration is lost: {e}");
         }
     }
+}
+
+/// Stands in for times that are too far away to be told: a hundred years.
+const FAR: Duration = Duration::from_secs(100 * 365 * 24 * 3600);
+
+/// The time that is `timeout` from now.
+fn after(timeout: Duration) -> Instant {
+    let now = Instant::now();
+    now.checked_add(timeout).unwrap_or_else(|| now + FAR)
 }
 
 fn lacks(path: &Path, lacks: &str) -> VhostUserError {

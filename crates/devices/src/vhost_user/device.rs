@@ -68,6 +68,8 @@ struct Running {
     call: Wake,
     /// The guest is still to be told that it was set.
     called: bool,
+    /// The guest is still to be told of another configuration.
+    changed: bool,
     broken_ring: Wake,
     /// Lets a back end that was started again go on where the one before was.
     inflight: Option<Inflight>,
@@ -99,6 +101,9 @@ impl VhostUser {
 
     /// Keeps the back end's interrupts from the guest until the terminals of another device have their numbers there:
     /// for a console, whose messages only it and the driver see. Its interrupts then go through this process.
+    ///
+    /// Interrupts are all that is kept back: nothing hinders a driver that looks into the queues without one, and Linux
+    /// does so whenever a device on the same line interrupts.
     pub fn after(&mut self, turn: Turn) {
         self.turn = Some(turn);
     }
@@ -169,9 +174,10 @@ impl VhostUser {
             Ok(()) => {
                 tracing::info!(device = self.info.name, "the back end is back");
                 // Its last interrupts may have been lost with it.
-                cx.interrupt().used();
-                cx.interrupt().config_changed();
-                Ok(())
+                if let Some(running) = &mut self.running {
+                    (running.called, running.changed) = (true, true);
+                }
+                self.tell(cx)
             }
             // Another program than before: to wait does not make it the same.
             Err(e @ Failed::BackEnd(VhostUserError::Lacks { .. })) => Err(self.failed(e)),
@@ -183,14 +189,22 @@ impl VhostUser {
         }
     }
 
-    /// Tells the guest that the back end has used buffers, if it has and the guest may know.
-    fn on_call(&mut self, cx: &Cx<'_>) -> Result<(), DeviceError> {
+    /// Tells the guest that the back end has used buffers or another configuration, if so and the guest may know. The
+    /// latter waits too: at any interrupt the driver looks into the queues.
+    fn tell(&mut self, cx: &Cx<'_>) -> Result<(), DeviceError> {
         let host = self.host();
         let Some(running) = &mut self.running else { return Ok(()) };
         running.called |= running.call.take_shared();
-        if running.called && self.turn.as_mut().map_or(Ok(true), Turn::has_come).map_err(host)? {
-            running.called = false;
-            cx.interrupt().used();
+        if !running.called && !running.changed {
+            return Ok(());
+        }
+        if self.turn.as_mut().map_or(Ok(true), Turn::has_come).map_err(host)? {
+            if std::mem::take(&mut running.called) {
+                cx.interrupt().used();
+            }
+            if std::mem::take(&mut running.changed) {
+                cx.interrupt().config_changed();
+            }
         }
         Ok(())
     }
@@ -234,8 +248,10 @@ impl VhostUser {
         drop(guard);
         match refreshed {
             Ok(()) => {
-                cx.interrupt().config_changed();
-                Ok(())
+                if let Some(running) = &mut self.running {
+                    running.changed = true;
+                }
+                self.tell(cx)
             }
             Err(e) => {
                 tracing::warn!(device = self.info.name, "cannot read the changed configuration: {e}");
@@ -360,7 +376,8 @@ impl VirtioDevice for VhostUser {
         };
         self.back_end.set_running(true);
         let queues = Vec::new();
-        self.running = Some(Running { queues, call, called: false, broken_ring, inflight: None, retry });
+        let (called, changed, inflight) = (false, false, None);
+        self.running = Some(Running { queues, call, called, changed, broken_ring, inflight, retry });
         self.hand_over(cx, false).map_err(|e| self.failed(e))
     }
 
@@ -378,9 +395,9 @@ impl VirtioDevice for VhostUser {
                 if let Some(turn) = &mut self.turn {
                     turn.look();
                 }
-                self.on_call(cx)
+                self.tell(cx)
             }
-            _ => self.on_call(cx),
+            _ => self.tell(cx),
         }
     }
 

@@ -98,7 +98,9 @@ impl DeviceKind {
 
     /// Whether the back end is to be told of what the driver has put into a queue before the start. Not of buffers for
     /// events of a sound device: no driver tells of them either, and vhost-device-sound 0.3, once it is told, looks for
-    /// requests there and does nothing else any more.
+    /// requests there and does nothing else any more. The price: a back end that takes a ring as started with its first
+    /// notification only, as the protocol's text has long had it, can never send an event of a sound device. Those that
+    /// begin when they get the descriptor can.
     pub(super) fn is_told(self, queue: usize) -> bool {
         (self, queue) != (Self::SND, 1)
     }

@@ -174,6 +174,34 @@ fn a_console_waits_for_its_turn() {
     }
 }
 
+/// Nor is the guest told early when the back end comes back, or has another configuration.
+#[test]
+fn nothing_is_told_before_the_turn() {
+    let peer = Peer::new(Options { protocol: Protocol::all(), idle: 1, ..Options::default() });
+    let before = Numbered::default();
+    let mut device = VhostUser::new(spec(&peer)).unwrap();
+    device.after(before.next().unwrap());
+    let space = device.config();
+    let mut driver = MmioDriver::new(device);
+    driver.start(u64::MAX);
+    until("it has started", || peer.seen.rings.lock().unwrap().len() == 2);
+    peer.seen.rings.lock().unwrap().clear();
+    peer.seen.hang_up.store(true, Ordering::SeqCst);
+    until("it is back", || peer.seen.rings.lock().unwrap().len() == 2);
+    peer.change_config(&[50; 12], Flags::NEED_REPLY);
+    until("the configuration is another", || {
+        let mut first = [0];
+        space.read(0, &mut first);
+        first == [50]
+    });
+    assert!(!driver.wait_interrupt(Duration::from_millis(100)));
+    // Nor has the driver seen it.
+    assert_ne!(config(&driver), [50; 12]);
+    before.set(true);
+    assert!(driver.wait_interrupt(WAIT));
+    until("the driver sees it", || config(&driver) == [50; 12]);
+}
+
 #[test]
 fn a_changed_configuration_is_told() {
     let peer = Peer::new(Options::default());

@@ -206,6 +206,21 @@ fn a_kill_ends_every_wait() {
     }
 }
 
+#[test]
+fn a_timeout_may_be_any() {
+    for timeout in [Duration::MAX, Duration::from_secs(i64::MAX as u64), Duration::from_secs(u64::MAX / 4)] {
+        let peer = Peer::new(Options::default());
+        let device = VhostUser::new(VhostUserSpec { timeout, ..spec(&peer) }).unwrap();
+        let mut driver = MmioDriver::direct(device);
+        driver.start(u64::MAX);
+        assert_eq!(echo(&mut driver, 0, b"x"), b"x", "{timeout:?}");
+        driver.reset();
+    }
+    let peer = Peer::new(Options::default());
+    let none = VhostUserSpec { timeout: Duration::ZERO, ..spec(&peer) };
+    assert!(VhostUser::new(none).unwrap_err().to_string().contains("in time"));
+}
+
 /// Neither the device's thread nor the vCPU waits for it.
 #[test]
 fn the_flags_of_a_descriptor_may_be_changed() {
