@@ -9,7 +9,7 @@ use krun_memory::VolatileSlice;
 use krun_virtio::{Cx, Reader};
 
 use super::credit::{Credit, Violation};
-use super::held::Held;
+use super::held::{self, Held};
 use super::packet::{END_OF_MESSAGE, END_OF_RECORD, Ended, Header, op};
 use super::socket::{Socket, Write};
 use super::spec::SocketType;
@@ -111,7 +111,7 @@ impl Connection {
             state,
             socket: None,
             credit: Credit::new(room),
-            held: Held::default(),
+            held: Held::new(room),
             guest_ended: Ended::empty(),
             host_ended: Ended::empty(),
             due: Due::empty(),
@@ -153,6 +153,11 @@ impl Connection {
     /// Bytes that it may hold.
     pub fn room(&self) -> u32 {
         self.credit.room()
+    }
+
+    /// Memory that it may take for them.
+    pub fn cost(&self) -> u64 {
+        held::cost(self.kind, self.room())
     }
 
     /// Whether it waits for its socket.

@@ -4,7 +4,7 @@ use std::collections::{HashMap, VecDeque};
 
 use super::connection::{Connection, Key};
 
-/// Bytes that all connections together may hold, as long as there are few of them.
+/// Memory for what all connections together hold, as long as there are few of them.
 const POOL: u64 = 128 << 20;
 /// Bytes that one may hold.
 const MOST: u64 = 256 << 10;
@@ -27,7 +27,7 @@ pub struct Table {
     by_key: HashMap<Key, u32>,
     last_id: u32,
     last_port: u32,
-    /// Bytes promised to all.
+    /// Memory promised to all.
     promised: u64,
     /// Those with something for the guest, in turn.
     turn: VecDeque<u32>,
@@ -71,7 +71,7 @@ impl Table {
         // There are fewer connections than numbers.
         let id = id.unwrap_or_default();
         self.last_id = id;
-        self.promised += u64::from(connection.room());
+        self.promised += connection.cost();
         self.by_key.insert(connection.key(), id);
         self.by_id.insert(id, connection);
         id
@@ -121,7 +121,7 @@ impl Table {
     pub fn remove(&mut self, id: u32) -> Option<Connection> {
         self.free_key(id);
         let connection = self.by_id.remove(&id)?;
-        self.promised -= u64::from(connection.room());
+        self.promised -= connection.cost();
         Some(connection)
     }
 
@@ -174,10 +174,14 @@ mod tests {
     use crate::vsock::socket::Socket;
 
     fn add(table: &mut Table, guest_port: u32) -> u32 {
+        add_of(table, guest_port, SocketType::Stream)
+    }
+
+    fn add_of(table: &mut Table, guest_port: u32, kind: SocketType) -> u32 {
         let host_port = table.free_port(guest_port);
         let key = Key { host_port, guest_port };
         let room = table.room();
-        table.insert(Connection::requested_by_guest(key, SocketType::Stream, room, &Header::default()))
+        table.insert(Connection::requested_by_guest(key, kind, room, &Header::default()))
     }
 
     #[test]
@@ -196,6 +200,24 @@ mod tests {
             table.remove(id).unwrap();
         }
         assert_eq!((table.promised, table.by_key.len()), (0, 0));
+    }
+
+    #[test]
+    fn messages_are_promised_their_marks_too() {
+        let mut table = Table::new(1 << 14);
+        let first = add_of(&mut table, 1, SocketType::SeqPacket);
+        assert_eq!(table.get(first).unwrap().room(), 256 << 10);
+        assert!(table.promised > 2 * (256 << 10));
+        let mut last = first;
+        while table.promised < POOL {
+            last = add_of(&mut table, 1, SocketType::SeqPacket);
+        }
+        assert!(last > 500 && u64::from(table.get(last).unwrap().room()) == LEAST);
+        assert!(table.promised <= POOL + table.get(last).unwrap().cost());
+        for id in first..=last {
+            table.remove(id).unwrap();
+        }
+        assert_eq!(table.promised, 0);
     }
 
     #[test]

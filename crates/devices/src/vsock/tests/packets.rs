@@ -161,6 +161,28 @@ fn a_program_that_does_not_read_stops_the_guest_and_nothing_is_lost() {
 }
 
 #[test]
+fn a_slow_program_gets_every_small_message() {
+    let mut g = Guest::new();
+    let s = g.connect_packets(5);
+    let mut sent = 0;
+    // As many as a guest that plays fair may send: one for each byte of credit.
+    while sent < ALLOWED {
+        send(&mut g, 5, &[sent as u8], 1);
+        sent += 1;
+    }
+    g.packets();
+    for n in 0..sent {
+        let message = s.recv().or_else(|| {
+            g.settle();
+            s.recv()
+        });
+        assert_eq!(message, Some(vec![n as u8]), "message {n}");
+    }
+    assert_eq!(s.recv(), None);
+    assert!(g.packets().iter().all(|(header, _)| header.op == op::CREDIT_UPDATE));
+}
+
+#[test]
 fn a_message_without_an_end_is_bounded_and_never_sent() {
     let mut g = Guest::new();
     let s = g.connect_packets(5);
