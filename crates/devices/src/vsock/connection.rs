@@ -348,7 +348,10 @@ impl Connection {
     pub(super) fn host_ends(&mut self, what: Ended) {
         if !self.host_ended.contains(what) {
             self.host_ended |= what;
-            self.due |= Due::SHUTDOWN;
+            // A guest that is done is told nothing: its port may belong to another connection.
+            if self.state != State::Draining {
+                self.due |= Due::SHUTDOWN;
+            }
         }
     }
 

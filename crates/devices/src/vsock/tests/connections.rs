@@ -159,6 +159,32 @@ fn a_guest_that_closes_is_free_at_once_and_what_it_sent_arrives() {
 }
 
 #[test]
+fn who_dies_while_the_rest_is_passed_on_leaves_nothing_behind() {
+    let mut g = Guest::with(|spec| spec.max_connections = 1);
+    for port in 5..8 {
+        let s = g.connect(port);
+        // Of the last one, neither direction of the program has ended before.
+        if port < 7 {
+            s.shutdown(Shutdown::Write).unwrap();
+            assert_eq!(g.packet().0.flags, SEND);
+        }
+        // More than the socket takes.
+        for _ in 0..8 {
+            g.send(data(TO_HOST, port, 50_000), &[7; 50_000]);
+        }
+        g.packets();
+        g.send(shutdown(TO_HOST, port, RECEIVE | SEND), &[]);
+        assert_eq!(g.packet().0.op, op::RST);
+        // There is no room for another while something is held.
+        g.send(guest(TO_HOST, 9, op::REQUEST), &[]);
+        assert_eq!(g.packet().0.op, op::RST);
+        drop(s);
+        g.nothing();
+    }
+    g.connect(9);
+}
+
+#[test]
 fn a_reset_drops_the_connection() {
     let mut g = Guest::new();
     let mut s = g.connect(5);
