@@ -296,7 +296,7 @@ impl Connection {
             Write::Full => return false,
             Write::Gone => self.host_receives_no_more(),
             Write::TooLong => {
-                tracing::warn!("vsock: a connection is dropped: its message is too long for a socket here");
+                tracing::debug!("vsock: a connection is dropped: its message is too long for a socket here");
                 self.broken = true;
                 self.host_receives_no_more();
             }

@@ -105,7 +105,7 @@ impl Connection {
             Look::End => return self.host_sends_no_more(),
         };
         if !self.in_message && peeked.len > self.credit.guest_room() as usize {
-            tracing::warn!(
+            tracing::debug!(
                 "vsock: a connection is dropped: a message of {} bytes, and the guest has room for {}",
                 peeked.len,
                 self.credit.guest_room()
