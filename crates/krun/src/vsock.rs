@@ -12,8 +12,9 @@ pub use krun_devices::vsock::{
 /// 3, the host's 2.
 ///
 /// A message of a `SOCK_SEQPACKET` socket can be as long as the receiver has room for: 256 KiB to the host, less when there
-/// are hundreds of connections (the guest's program then gets `EMSGSIZE`), and 256 KiB to the guest unless its program sets
-/// `SO_VM_SOCKETS_BUFFER_SIZE`. One that is longer ends its connection.
+/// are more than a hundred connections (the guest's program then gets `EMSGSIZE`), and 256 KiB to the guest unless its
+/// program sets `SO_VM_SOCKETS_BUFFER_SIZE`; but what the host's program sends must fit into its own `SO_SNDBUF` first
+/// (`EMSGSIZE` from about 208 KiB on, by default). One that the receiver has no room for ends its connection.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct Vsock {
     /// Ports that are joined to unix sockets of this host.
