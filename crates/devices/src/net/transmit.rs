@@ -5,7 +5,7 @@ use std::io::{self, Read};
 use krun_virtio::{Chain, Cx, DeviceError};
 
 use super::header::{HEADER, Header};
-use super::peer::{Peer, Sent};
+use super::peer::Peer;
 use super::{Complaint, ETHERNET_HEADER, MAX_FRAME};
 
 /// Takes frames out of the guest's memory.
@@ -57,13 +57,8 @@ impl Transmit {
                 }
             };
             cx.complete(self.queue, chain, 0)?;
-            match header.map(|header| peer.send(&header)) {
-                None | Some(Ok(Sent::Taken)) => {}
-                Some(Ok(Sent::Refused(e))) => {
-                    self.complaint
-                        .about(&format_args!("{} refuses a frame of {len} bytes: {e}", peer.name()));
-                }
-                Some(Err(e)) => return Ok(Stopped::Lost(e)),
+            if let Some(Err(e)) = header.map(|header| peer.send(&header)) {
+                return Ok(Stopped::Lost(e));
             }
         }
         Ok(match peer.flush() {

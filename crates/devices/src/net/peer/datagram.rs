@@ -11,10 +11,10 @@ use rustix::net::{
     socket_with,
 };
 
-use super::{Peer, Sent, check_socket, widen};
+use super::{Peer, check_socket, widen};
 use crate::net::header::HEADER;
 use crate::net::spec::{NetError, Socket};
-use crate::net::{ETHERNET_HEADER, MAX_FRAME};
+use crate::net::{Complaint, ETHERNET_HEADER, MAX_FRAME};
 
 const KIND: &str = "datagram";
 /// First datagram of a connection, for peers that tell it from others by that.
@@ -33,6 +33,7 @@ pub struct Datagram {
     /// Bytes of it that are the next frame.
     len: Option<usize>,
     output: Output,
+    complaint: Complaint,
 }
 
 /// The frame that is sent.
@@ -71,6 +72,7 @@ impl Datagram {
             frame: Vec::new(),
             len: None,
             output: Output::default(),
+            complaint: Complaint::default(),
         })
     }
 
@@ -154,17 +156,9 @@ impl Peer for Datagram {
         Ok(Some(&mut self.output.frame))
     }
 
-    fn send(&mut self, _: &[u8; HEADER]) -> io::Result<Sent> {
+    fn send(&mut self, _: &[u8; HEADER]) -> io::Result<()> {
         self.output.waits = true;
-        match self.flush() {
-            Ok(_) => Ok(Sent::Taken),
-            // Larger than the host's buffers, which no waiting changes.
-            Err(e) if matches!(Errno::from_io_error(&e), Some(Errno::MSGSIZE | Errno::NOBUFS)) => {
-                self.output.waits = false;
-                Ok(Sent::Refused(e))
-            }
-            Err(e) => Err(e),
-        }
+        self.flush().map(|_| ())
     }
 
     fn flush(&mut self) -> io::Result<bool> {
@@ -173,6 +167,12 @@ impl Peer for Datagram {
                 Ok(_) => self.output.waits = false,
                 Err(Errno::INTR) => {}
                 Err(Errno::AGAIN) => return Ok(false),
+                // Larger than the host's buffers, which no waiting changes.
+                Err(e @ (Errno::MSGSIZE | Errno::NOBUFS)) => {
+                    self.output.waits = false;
+                    let (name, len) = (self.name(), self.output.frame.len());
+                    self.complaint.about(&format_args!("{name} refuses a frame of {len} bytes: {e}"));
+                }
                 Err(e) => return Err(e.into()),
             }
         }
@@ -195,6 +195,7 @@ impl Peer for Datagram {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::net::peer::tests::refusal_after_a_wait;
     use std::os::unix::net::UnixDatagram;
 
     #[test]
@@ -218,7 +219,7 @@ mod tests {
             datagram.room(60).unwrap().unwrap().fill(4);
             datagram.send(&[0; HEADER])
         };
-        assert!(matches!(send(&mut datagram).unwrap(), Sent::Taken));
+        send(&mut datagram).unwrap();
         assert_eq!(peer.recv(&mut bytes).unwrap(), 60);
         drop(peer);
         assert!(send(&mut datagram).is_err());
@@ -231,6 +232,14 @@ mod tests {
         assert_eq!(peer.recv(&mut bytes).unwrap(), 4);
         drop(datagram);
         assert_eq!(std::fs::read_dir(dir.path()).unwrap().count(), 1);
+    }
+
+    #[test]
+    fn a_frame_that_is_refused_after_it_waited_is_no_loss() {
+        let (ours, peer) = UnixDatagram::pair().unwrap();
+        let host = ours.try_clone().unwrap();
+        let mut datagram = Datagram::open(Socket::Fd(ours.into()), false).unwrap();
+        refusal_after_a_wait(&mut datagram, &host, &peer);
     }
 
     #[test]

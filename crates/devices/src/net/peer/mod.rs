@@ -17,18 +17,10 @@ pub use tap::Tap;
 use super::header::HEADER;
 use super::spec::{NetError, PeerSpec};
 
-/// What became of a frame.
-#[derive(Debug)]
-pub enum Sent {
-    /// The peer has it, or a buffer on its way.
-    Taken,
-    /// The peer does not want this one.
-    Refused(io::Error),
-}
-
 /// With whom frames are exchanged. Nothing here blocks.
 ///
-/// An error means that the connection is gone: [`Peer::close`] follows, then perhaps [`Peer::connect`].
+/// An error means that the connection is gone: [`Peer::close`] follows, then perhaps [`Peer::connect`]. A frame that the
+/// host alone refuses is none: it is dropped, also when it has waited.
 pub trait Peer: Send {
     /// For messages.
     fn name(&self) -> String;
@@ -64,7 +56,7 @@ pub trait Peer: Send {
     fn room(&mut self, len: usize) -> io::Result<Option<&mut [u8]>>;
 
     /// Sends what was put in the last room: `header` is for those that have it.
-    fn send(&mut self, header: &[u8; HEADER]) -> io::Result<Sent>;
+    fn send(&mut self, header: &[u8; HEADER]) -> io::Result<()>;
 
     /// Sends what is in buffers; false while the peer is slow and some of it is left.
     fn flush(&mut self) -> io::Result<bool>;
@@ -100,4 +92,43 @@ fn check_socket(fd: OwnedFd, wanted: SocketType, kind: &'static str) -> Result<O
 fn widen(socket: impl AsFd) {
     let _ = sockopt::set_socket_send_buffer_size(&socket, 1 << 20);
     let _ = sockopt::set_socket_recv_buffer_size(&socket, 4 << 20);
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::os::unix::net::UnixDatagram;
+
+    /// Fills the socket behind `peer`, so that a large frame waits, then has the host refuse that one.
+    pub fn refusal_after_a_wait(peer: &mut dyn Peer, host: &UnixDatagram, other: &UnixDatagram) {
+        const LARGE: usize = 60_000;
+        const SMALL: usize = 60;
+        let header = if peer.has_header() { HEADER } else { 0 };
+        other.set_nonblocking(true).unwrap();
+        let mut frames = 0;
+        while let Some(room) = peer.room(LARGE).unwrap() {
+            room.fill(1);
+            peer.send(&[0; HEADER]).unwrap();
+            frames += 1;
+            assert!(frames < 10_000, "the socket is never full");
+        }
+        assert!(frames > 1 && !peer.flush().unwrap(), "no frame waits");
+        // As small as the host allows.
+        sockopt::set_socket_send_buffer_size(host, 1).unwrap();
+        peer.room(SMALL).unwrap().expect("the refused frame is still there").fill(2);
+        peer.send(&[0; HEADER]).unwrap();
+        let mut lens = Vec::new();
+        let mut bytes = vec![0; HEADER + LARGE + 1];
+        while let Ok(len) = other.recv(&mut bytes) {
+            lens.push(len);
+            let _ = peer.flush().unwrap();
+        }
+        assert_eq!(lens.pop(), Some(header + SMALL), "the next frame is gone too");
+        assert_eq!(lens, vec![header + LARGE; frames - 1]);
+        // And a refusal of a frame that did not wait.
+        peer.room(LARGE).unwrap().unwrap().fill(1);
+        peer.send(&[0; HEADER]).unwrap();
+        assert!(peer.flush().unwrap());
+        assert!(other.recv(&mut bytes).is_err());
+    }
 }

@@ -5,10 +5,10 @@ use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 
 use rustix::io::Errno;
 
-use super::{Peer, Sent};
+use super::Peer;
 use crate::net::header::HEADER;
 use crate::net::spec::NetError;
-use crate::net::{MAX_FRAME, sys};
+use crate::net::{Complaint, MAX_FRAME, sys};
 
 /// The interface and the frame that was received last.
 #[derive(Debug)]
@@ -23,6 +23,7 @@ pub struct Tap {
     output: Vec<u8>,
     /// It was not taken yet.
     waits: bool,
+    complaint: Complaint,
 }
 
 impl Tap {
@@ -41,17 +42,21 @@ impl Tap {
                 }
             }
         }
-        let new = |file| Self {
+        let mut taps: Vec<_> = files.into_iter().map(|file| Self::new(name, file)).collect();
+        taps.iter_mut().skip(1).try_for_each(|tap| tap.set_active(false)).map_err(fail)?;
+        Ok(taps)
+    }
+
+    fn new(name: &str, file: OwnedFd) -> Self {
+        Self {
             name: name.into(),
             file: Some(file),
             frame: Vec::new(),
             len: None,
             output: Vec::new(),
             waits: false,
-        };
-        let mut taps: Vec<_> = files.into_iter().map(new).collect();
-        taps.iter_mut().skip(1).try_for_each(|tap| tap.set_active(false)).map_err(fail)?;
-        Ok(taps)
+            complaint: Complaint::default(),
+        }
     }
 
     fn file(&self) -> io::Result<&OwnedFd> {
@@ -108,19 +113,10 @@ impl Peer for Tap {
         Ok(Some(&mut self.output[HEADER..]))
     }
 
-    fn send(&mut self, header: &[u8; HEADER]) -> io::Result<Sent> {
+    fn send(&mut self, header: &[u8; HEADER]) -> io::Result<()> {
         self.output[..HEADER].copy_from_slice(header);
         self.waits = true;
-        match self.flush() {
-            Ok(_) => Ok(Sent::Taken),
-            // The interface is gone.
-            Err(e) if Errno::from_io_error(&e) == Some(Errno::BADFD) => Err(e),
-            // The interface is down, or the kernel does not believe the header.
-            Err(e) => {
-                self.waits = false;
-                Ok(Sent::Refused(e))
-            }
-        }
+        self.flush().map(|_| ())
     }
 
     fn flush(&mut self) -> io::Result<bool> {
@@ -129,7 +125,15 @@ impl Peer for Tap {
                 Ok(_) => self.waits = false,
                 Err(Errno::INTR) => {}
                 Err(Errno::AGAIN) => return Ok(false),
-                Err(e) => return Err(e.into()),
+                // The interface is gone.
+                Err(e @ Errno::BADFD) => return Err(e.into()),
+                // The interface is down, or the kernel does not believe the header.
+                Err(e) => {
+                    self.waits = false;
+                    let (name, len) = (&self.name, self.output.len() - HEADER);
+                    self.complaint
+                        .about(&format_args!("the tap interface {name} refuses a frame of {len} bytes: {e}"));
+                }
             }
         }
         Ok(true)
@@ -142,5 +146,21 @@ impl Peer for Tap {
 
     fn connect(&mut self) -> io::Result<()> {
         Err(io::ErrorKind::Unsupported.into())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::net::peer::tests::refusal_after_a_wait;
+    use std::os::unix::net::UnixDatagram;
+
+    #[test]
+    fn a_frame_that_is_refused_after_it_waited_is_no_loss() {
+        // A socket tells the same as an interface, but for the words.
+        let (ours, peer) = UnixDatagram::pair().unwrap();
+        ours.set_nonblocking(true).unwrap();
+        let host = ours.try_clone().unwrap();
+        refusal_after_a_wait(&mut Tap::new("none", ours.into()), &host, &peer);
     }
 }
