@@ -98,12 +98,12 @@ impl Net {
     }
 
     /// Goes on unless the peer is gone, or else tells the guest, and tries to connect again if that is possible.
-    fn settle(&mut self, outcome: Outcome, cx: &Cx<'_>) -> Result<(), DeviceError> {
+    fn settle(&mut self, outcome: Outcome, cx: &mut Cx<'_>) -> Result<(), DeviceError> {
         let Outcome::Lost(why) = outcome else { return Ok(()) };
         let name = self.name();
         self.hope = true;
         for pair in &mut self.pairs {
-            self.hope &= pair.close(cx);
+            self.hope &= pair.close(cx)?;
         }
         let next = if self.hope { "; connecting again" } else { "" };
         tracing::warn!("network: {name} is lost: {why}{next}");
@@ -152,8 +152,7 @@ impl Net {
         }
         tracing::info!("network: {} is connected again", self.name());
         self.set_link(true, cx);
-        let outcome = self.pairs[0].receive(cx)?;
-        self.settle(outcome, cx)
+        (0..2).try_for_each(|queue| self.on_pair(queue, cx))
     }
 
     /// The driver uses so many pairs from now on; false if the peer does not follow.

@@ -65,14 +65,19 @@ impl Pair {
     /// Sends what the guest has.
     pub fn transmit(&mut self, features: u64, cx: &mut Cx<'_>) -> Result<Outcome, DeviceError> {
         if self.peer.fd().is_none() {
-            return self.tx.discard(cx).map(|()| Outcome::Fine);
+            return self.discard(cx).map(|()| Outcome::Fine);
         }
         let stopped = self.tx.run(self.peer.as_mut(), features, cx)?;
         self.full = matches!(stopped, transmit::Stopped::Full);
         match stopped {
-            transmit::Stopped::Lost(why) => self.tx.discard(cx).map(|()| Outcome::Lost(why)),
+            transmit::Stopped::Lost(why) => Ok(Outcome::Lost(why)),
             _ => self.watch(cx).map(|()| Outcome::Fine),
         }
+    }
+
+    /// Throws away what the guest has to send.
+    pub fn discard(&mut self, cx: &mut Cx<'_>) -> Result<(), DeviceError> {
+        self.tx.discard(cx)
     }
 
     /// The peer's descriptor is ready.
@@ -118,11 +123,13 @@ impl Pair {
         (self.watch, self.starved, self.full) = (None, true, false);
     }
 
-    /// The peer is gone, and what it was sent; true when it may come back.
-    pub fn close(&mut self, cx: &Cx<'_>) -> bool {
+    /// The peer is gone, what it was sent and what waited for it; true when it may come back.
+    pub fn close(&mut self, cx: &mut Cx<'_>) -> Result<bool, DeviceError> {
         let starved = self.starved;
         self.unwatch(cx);
         self.starved = starved;
-        self.peer.close()
+        let hope = self.peer.close();
+        // A driver that waits for room does not notify again.
+        self.discard(cx).map(|()| hope)
     }
 }

@@ -80,6 +80,16 @@ fn received_on(h: &mut Harness, queue: usize) -> Option<Vec<u8>> {
     Some(bytes)
 }
 
+/// Sends until frames wait in the queue, as the peer reads none.
+fn fill(h: &mut Harness, queue: usize) {
+    while h.driver(queue).in_flight() < 256 {
+        h.add(queue, &[&[0; HEADER], &frame(60_000, 1)], &[]);
+    }
+    h.kick(queue).unwrap();
+    while h.collect(queue).is_some() {}
+    assert!(h.driver(queue).in_flight() > 100, "frames do not wait in the queue");
+}
+
 #[test]
 fn frames_go_both_ways() {
     let (mut h, mut peer) = plain();
@@ -289,6 +299,34 @@ fn a_peer_that_comes_back_is_found_again() {
     assert!(received(&mut h).unwrap() == frame(60, 4), "buffers from before serve");
     h.request(TX, &[&[0; HEADER], &frame(61, 5)], &[]).unwrap();
     assert!(get(&mut peer) == frame(61, 5));
+}
+
+#[test]
+fn a_peer_that_is_stuck_and_killed_and_comes_back_is_sent_to_again() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("peer");
+    let listener = UnixListener::bind(&path).unwrap();
+    // With a buffer to receive into, so that its end is seen there first, and without, so that it is seen while sending.
+    for buffer in [true, false] {
+        let socket = PeerSpec::Stream(Socket::Path(path.clone()));
+        let mut h = Harness::new(Net::new(spec(socket, Offloads::empty())).unwrap());
+        if buffer {
+            h.add(RX, &[], &[2000]);
+            h.kick(RX).unwrap();
+        }
+        let (peer, _) = listener.accept().unwrap();
+        fill(&mut h, TX);
+        drop(peer);
+        until(&mut h, "the link goes down", |h| !link(h));
+        while h.collect(TX).is_some() {}
+        assert_eq!(h.driver(TX).in_flight(), 0, "a driver that waits for its frames waits for ever");
+        // What no notification comes for is found when the peer is back.
+        h.add(TX, &[&[0; HEADER], &frame(61, 5)], &[]);
+        until(&mut h, "the link comes up", |h| link(h));
+        let (mut peer, _) = listener.accept().unwrap();
+        peer.set_read_timeout(Some(PATIENCE)).unwrap();
+        assert!(get(&mut peer) == frame(61, 5));
+    }
 }
 
 #[test]

@@ -6,7 +6,7 @@ use std::time::Duration;
 use krun_virtio::VirtioDevice;
 use krun_virtio::mock::Harness;
 
-use super::{HEADER, MAC, PATIENCE, frame, get, link, put, received_on, until};
+use super::{HEADER, MAC, PATIENCE, fill, frame, get, link, put, received_on, until};
 use crate::net::peer::Stream;
 use crate::net::{Net, Offloads, Socket, feature};
 
@@ -123,8 +123,11 @@ fn one_that_is_lost_takes_all_with_it() {
     let mut h = Harness::new(net);
     h.add(2, &[], &[2000]);
     assert_eq!(set(&mut h, 2), 0);
+    fill(&mut h, 1);
     drop(peers.remove(1));
     until(&mut h, "the link goes down", |h| !link(h));
+    while h.collect(1).is_some() {}
+    assert_eq!(h.driver(1).in_flight(), 0, "frames stay in another pair's queue");
     for queue in [1, 3] {
         h.request(queue, &[&[0; HEADER], &frame(60, 1)], &[]).unwrap();
     }
