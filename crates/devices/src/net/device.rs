@@ -155,34 +155,62 @@ impl Net {
         (0..2).try_for_each(|queue| self.on_pair(queue, cx))
     }
 
-    /// The driver uses so many pairs from now on; false if the peer does not follow.
+    /// The driver uses so many pairs from now on; false if the peer does not follow, and nothing changes.
     fn set_pairs(&mut self, wanted: usize, cx: &mut Cx<'_>) -> Result<bool, DeviceError> {
-        if self.is_closed() {
-            // Nothing comes or goes anyway.
-            self.active = wanted;
-            return Ok(true);
-        }
         let old = self.active;
-        while self.active != wanted {
-            let more = self.active < wanted;
-            let pair = &mut self.pairs[if more { self.active } else { self.active - 1 }];
-            pair.unwatch(cx);
-            if let Err(e) = pair.peer.set_active(more) {
-                tracing::warn!("network: {} does not use {wanted} queues: {e}", pair.peer.name());
-                break;
+        if let Err(e) = self.switch_pairs(wanted, cx)? {
+            tracing::warn!("network: {} does not use {wanted} queues: {e}", self.name());
+            if let Err(e) = self.switch_pairs(old, cx)? {
+                tracing::warn!("network: {} stays with {} queues: {e}", self.name(), self.active);
             }
-            self.active = if more { self.active + 1 } else { self.active - 1 };
         }
-        // What the driver put there before.
-        (2 * old..2 * self.active).try_for_each(|queue| self.on_pair(queue, cx))?;
+        // What the driver put there before; a pair that was left alone for a moment is watched again.
+        (2 * old.min(wanted)..2 * self.active).try_for_each(|queue| self.on_pair(queue, cx))?;
         Ok(self.active == wanted)
     }
 
+    /// Switches pairs on or off until so many are; the peer's refusal ends that halfway.
+    fn switch_pairs(&mut self, wanted: usize, cx: &mut Cx<'_>) -> Result<std::io::Result<()>, DeviceError> {
+        while self.active != wanted {
+            let more = self.active < wanted;
+            let index = if more { self.active } else { self.active - 1 };
+            if !more {
+                // While the peer still takes it.
+                self.on_pair(2 * index + 1, cx)?;
+            }
+            if self.is_closed() {
+                // Nothing comes or goes anyway.
+                self.active = wanted;
+                break;
+            }
+            let pair = &mut self.pairs[index];
+            pair.unwatch(cx);
+            if let Err(e) = pair.peer.set_active(more) {
+                return Ok(Err(e));
+            }
+            if more {
+                self.active += 1;
+            } else {
+                self.active -= 1;
+                // A slow peer has left it.
+                pair.discard(cx)?;
+            }
+        }
+        Ok(Ok(()))
+    }
+
     fn on_pair(&mut self, queue: usize, cx: &mut Cx<'_>) -> Result<(), DeviceError> {
-        // What lies in queues that are not in use stays there.
-        let Some(pair) = self.pairs[..self.active].get_mut(queue / 2) else { return Ok(()) };
-        let outcome =
-            if queue.is_multiple_of(2) { pair.receive(cx)? } else { pair.transmit(self.features, cx)? };
+        let active = queue / 2 < self.active;
+        let Some(pair) = self.pairs.get_mut(queue / 2) else { return Ok(()) };
+        let outcome = match (queue.is_multiple_of(2), active) {
+            (true, true) => pair.receive(cx)?,
+            // Buffers stay where they are.
+            (true, false) => Outcome::Fine,
+            (false, true) => pair.transmit(self.features, cx)?,
+            // Linux uses a queue for a moment after it has switched it off, and a frame that does not come back from there
+            // is not sent again elsewhere.
+            (false, false) => pair.discard(cx).map(|()| Outcome::Fine)?,
+        };
         self.settle(outcome, cx)
     }
 }

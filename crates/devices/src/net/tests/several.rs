@@ -1,23 +1,86 @@
 //! Several pairs of queues: as for a tap interface, but with a stream behind each.
 
+use std::io::{self, Read};
+use std::os::fd::BorrowedFd;
 use std::os::unix::net::UnixStream;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 use krun_virtio::VirtioDevice;
 use krun_virtio::mock::Harness;
 
 use super::{HEADER, MAC, PATIENCE, fill, frame, get, link, put, received_on, until};
-use crate::net::peer::Stream;
+use crate::net::peer::{Peer, Stream};
 use crate::net::{Net, Offloads, Socket, feature};
 
 /// Of three pairs.
 const CONTROL: usize = 6;
 
-fn three() -> (Net, Vec<UnixStream>) {
+fn streams() -> (impl Iterator<Item = Stream>, Vec<UnixStream>) {
     let (ours, theirs): (Vec<_>, Vec<_>) = (0..3).map(|_| UnixStream::pair().unwrap()).unzip();
-    let peers = ours.into_iter().map(|fd| Box::new(Stream::open(Socket::Fd(fd.into())).unwrap()) as _);
     theirs.iter().for_each(|t| t.set_read_timeout(Some(PATIENCE)).unwrap());
-    (Net::with_peers(MAC, peers.collect(), Offloads::empty()), theirs)
+    (ours.into_iter().map(|fd| Stream::open(Socket::Fd(fd.into())).unwrap()), theirs)
+}
+
+fn three() -> (Net, Vec<UnixStream>) {
+    let (ours, theirs) = streams();
+    (Net::with_peers(MAC, ours.map(|s| Box::new(s) as _).collect(), Offloads::empty()), theirs)
+}
+
+/// A stream that is switched on and off as a tap interface's queue is: only one that is in use can be used.
+struct Reluctant {
+    stream: Stream,
+    active: bool,
+    /// Does not let itself be switched.
+    refuses: Arc<AtomicBool>,
+}
+
+impl Peer for Reluctant {
+    fn name(&self) -> String {
+        "the reluctant peer".into()
+    }
+
+    fn fd(&self) -> Option<BorrowedFd<'_>> {
+        self.stream.fd()
+    }
+
+    fn set_active(&mut self, active: bool) -> io::Result<()> {
+        // Of a queue that is in that state already, the host says that the request is invalid.
+        if self.refuses.load(Ordering::Relaxed) || active == self.active {
+            return Err(io::ErrorKind::InvalidInput.into());
+        }
+        self.active = active;
+        Ok(())
+    }
+
+    fn next(&mut self) -> io::Result<Option<&[u8]>> {
+        self.stream.next()
+    }
+
+    fn take(&mut self) {
+        self.stream.take();
+    }
+
+    fn room(&mut self, len: usize) -> io::Result<Option<&mut [u8]>> {
+        self.stream.room(len)
+    }
+
+    fn send(&mut self, header: &[u8; HEADER]) -> io::Result<()> {
+        self.stream.send(header)
+    }
+
+    fn flush(&mut self) -> io::Result<bool> {
+        self.stream.flush()
+    }
+
+    fn close(&mut self) -> bool {
+        self.stream.close()
+    }
+
+    fn connect(&mut self) -> io::Result<()> {
+        self.stream.connect()
+    }
 }
 
 /// The answer to a command.
@@ -57,16 +120,25 @@ fn frames_go_through_those_in_use() {
     until(&mut h, "a frame", |h| h.driver(0).has_used());
     assert!(get(&mut peers[0]) == frame(60, 0));
     assert!(received_on(&mut h, 0).unwrap() == frame(70, 0));
-    for queue in 2..6 {
-        assert!(!h.driver(queue).has_used(), "queue {queue} is in use");
+    for (rx, tx) in [(2, 3), (4, 5)] {
+        assert!(!h.driver(rx).has_used(), "queue {rx} is in use");
+        assert!(h.collect(tx).is_some(), "a frame stays in queue {tx}, of which nobody takes it");
     }
+    // Before the device hears of it.
+    h.add(3, &[&[0; HEADER], &frame(61, 1)], &[]);
     assert_eq!(set(&mut h, 2), 0);
-    assert!(get(&mut peers[1]) == frame(60, 1));
+    assert!(get(&mut peers[1]) == frame(61, 1), "the first frame is not the one from while it is in use");
     until(&mut h, "a frame", |h| h.driver(2).has_used());
     assert!(received_on(&mut h, 2).unwrap() == frame(70, 1));
-    assert!(!h.driver(4).has_used() && !h.driver(5).has_used());
-    // Back to one, and its frames wait with the peer.
+    assert!(!h.driver(4).has_used());
+    // Back to one: what lies in the other's queue is sent, what comes later is not, and its frames wait with the peer.
+    h.add(3, &[&[0; HEADER], &frame(63, 1)], &[]);
     assert_eq!(set(&mut h, 1), 0);
+    assert!(get(&mut peers[1]) == frame(63, 1));
+    h.add(3, &[&[0; HEADER], &frame(64, 1)], &[]);
+    h.kick(3).unwrap();
+    while h.collect(3).is_some() {}
+    assert_eq!(h.driver(3).in_flight(), 0);
     h.add(2, &[], &[2000]);
     h.kick(2).unwrap();
     put(&mut peers[1], &frame(80, 9));
@@ -74,14 +146,64 @@ fn frames_go_through_those_in_use() {
     assert_eq!(set(&mut h, 3), 0);
     until(&mut h, "a frame", |h| h.driver(2).has_used() && h.driver(4).has_used());
     assert!(received_on(&mut h, 2).unwrap() == frame(80, 9));
-    assert!(get(&mut peers[2]) == frame(60, 2));
+    h.request(5, &[&[0; HEADER], &frame(65, 2)], &[]).unwrap();
+    assert!(get(&mut peers[2]) == frame(65, 2));
     // A reset leaves one.
     h.restart().unwrap();
     h.request(1, &[&[0; HEADER], &frame(61, 1)], &[]).unwrap();
     assert!(get(&mut peers[0]) == frame(61, 1));
-    h.add(3, &[&[0; HEADER], &frame(62, 1)], &[]);
-    h.kick(3).unwrap();
-    assert_eq!(h.driver(3).in_flight(), 1);
+    h.request(3, &[&[0; HEADER], &frame(62, 1)], &[]).unwrap();
+    peers[1].set_nonblocking(true).unwrap();
+    assert!(peers[1].read(&mut [0]).is_err(), "a pair sends that is not in use");
+}
+
+#[test]
+fn a_slow_peer_keeps_nothing_of_a_pair_that_is_switched_off() {
+    let (net, _peers) = three();
+    let mut h = Harness::new(net);
+    assert_eq!(set(&mut h, 2), 0);
+    fill(&mut h, 3);
+    assert_eq!(set(&mut h, 1), 0);
+    while h.collect(3).is_some() {}
+    assert_eq!(h.driver(3).in_flight(), 0);
+}
+
+#[test]
+fn a_peer_that_refuses_a_queue_keeps_what_it_had() {
+    let (streams, mut peers) = streams();
+    let refuses: [Arc<AtomicBool>; 3] = Default::default();
+    let wrapped = streams.zip(&refuses).map(|(stream, refuses)| {
+        Box::new(Reluctant { stream, active: false, refuses: Arc::clone(refuses) }) as _
+    });
+    let mut h = Harness::new(Net::with_peers(MAC, wrapped.collect(), Offloads::empty()));
+    for queue in [0, 2, 4] {
+        h.add(queue, &[], &[2000]);
+        h.add(queue, &[], &[2000]);
+    }
+    h.kick(0).unwrap();
+    // From one pair up to three, which stops at two.
+    refuses[2].store(true, Ordering::Relaxed);
+    assert_eq!(set(&mut h, 3), 1);
+    peers.iter_mut().for_each(|peer| put(peer, &frame(70, 7)));
+    until(&mut h, "a frame", |h| h.driver(0).has_used());
+    assert!(received_on(&mut h, 0).unwrap() == frame(70, 7));
+    assert_eq!(h.poll(Duration::from_millis(20)).unwrap(), 0, "the second pair stays in use");
+    assert!(!h.driver(2).has_used());
+    refuses[2].store(false, Ordering::Relaxed);
+    assert_eq!(set(&mut h, 3), 0);
+    for queue in [2, 4] {
+        until(&mut h, "a frame", |h| h.driver(queue).has_used());
+        assert!(received_on(&mut h, queue).unwrap() == frame(70, 7));
+    }
+    // And down again, which stops at two.
+    refuses[1].store(true, Ordering::Relaxed);
+    assert_eq!(set(&mut h, 1), 1);
+    for (pair, peer) in peers.iter_mut().enumerate() {
+        put(peer, &frame(71, 8));
+        until(&mut h, "a frame", |h| h.driver(2 * pair).has_used());
+        h.request(2 * pair + 1, &[&[0; HEADER], &frame(72, 9)], &[]).unwrap();
+        assert!(get(peer) == frame(72, 9));
+    }
 }
 
 #[test]
