@@ -71,6 +71,15 @@ pub enum Error {
         /// The host's answer.
         source: io::Error,
     },
+    /// Memory that is mapped for the guest could not be had. Once something is in its place, [`crate::Vcpu::run`] tries
+    /// again; else the guest cannot go on.
+    #[error("vCPU {vcpu} stopped: {stop}")]
+    Memory {
+        /// Which vCPU.
+        vcpu: u32,
+        /// Why and where.
+        stop: Box<Stop>,
+    },
     /// The guest cannot go on.
     #[error("vCPU {vcpu} stopped: {stop}")]
     Stopped {

@@ -136,7 +136,8 @@ pub trait Vcpu {
     /// that is not answered gives the guest all ones.
     ///
     /// # Errors
-    /// The guest cannot go on ([`Error::Stopped`]), or the host's refusal.
+    /// The guest cannot go on ([`Error::Stopped`]), or not without some memory ([`Error::Memory`]: it may be run again),
+    /// or the host's refusal.
     fn run(&mut self, reply: Reply) -> Result<Exit>;
 
     /// Gives the guest the pages of `len` bytes of its memory from `at` now, where the host can do that

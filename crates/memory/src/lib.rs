@@ -6,13 +6,16 @@
 
 mod huge;
 mod release;
+mod window;
 
 use std::fs::File;
 use std::os::fd::OwnedFd;
 use std::sync::Arc;
 use std::sync::atomic::AtomicU32;
 
-use rustix::fs::{MemfdFlags, SealFlags, fcntl_add_seals, ftruncate, memfd_create};
+use rustix::fs::{
+    FallocateFlags, MemfdFlags, SealFlags, fallocate, fcntl_add_seals, ftruncate, memfd_create,
+};
 pub use vm_memory::bitmap::BitmapSlice;
 pub use vm_memory::{
     Address, ByteValued, Bytes, FileOffset, GuestAddress, GuestMemoryBackend, GuestMemoryError,
@@ -22,6 +25,7 @@ pub use vm_memory::{
 
 pub use huge::HUGE_PAGE;
 pub use release::{ReleaseError, release};
+pub use window::Window;
 
 /// All memory of a guest by guest physical address. Cloning shares the mappings.
 pub type GuestMemory = vm_memory::GuestMemoryMmap<()>;
@@ -77,6 +81,8 @@ pub enum Error {
 #[derive(Debug, Clone)]
 pub struct Mapping {
     region: Arc<MmapRegion<()>>,
+    /// It belongs to a [`Window`].
+    changes: bool,
 }
 
 /// A file in memory that backs guest RAM and can be passed to another process.
@@ -126,6 +132,14 @@ impl Memfd {
         &self.file
     }
 
+    /// Gives the host the pages of `len` bytes at `offset` back; they are zero from then on.
+    ///
+    /// # Errors
+    /// The host's reason.
+    pub fn punch(&self, offset: u64, len: u64) -> std::io::Result<()> {
+        Ok(fallocate(&self.file, FallocateFlags::PUNCH_HOLE | FallocateFlags::KEEP_SIZE, offset, len)?)
+    }
+
     /// Maps `size` bytes from `offset`, shared.
     ///
     /// # Errors
@@ -170,7 +184,7 @@ impl Mapping {
             builder = builder.with_file_offset(file);
         }
         let region = builder.build().map_err(|source| Error::Map { size, what, source })?;
-        Ok(Self { region: Arc::new(region) })
+        Ok(Self { region: Arc::new(region), changes: false })
     }
 
     /// Anonymous zeroed memory that this process alone sees.
@@ -210,6 +224,11 @@ impl Mapping {
     /// Length in bytes.
     pub fn len(&self) -> usize {
         self.region.size()
+    }
+
+    /// Whether it belongs to a [`Window`]: reading or writing it directly may end this process.
+    pub fn may_change(&self) -> bool {
+        self.changes
     }
 
     /// The 32 bits at `offset`, to be shared with other threads and with a guest; `None` when `offset` is

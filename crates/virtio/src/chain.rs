@@ -5,6 +5,8 @@ use std::io;
 use krun_memory::{ByteValued, GuestAddress, GuestMemory, GuestMemoryBackend, VolatileSlice};
 use smallvec::SmallVec;
 
+use crate::bounce::Loan;
+
 /// Pieces of guest memory in order; up to eight need no allocation.
 pub type Slices<'m> = SmallVec<[VolatileSlice<'m>; 8]>;
 
@@ -13,7 +15,7 @@ pub type Slices<'m> = SmallVec<[VolatileSlice<'m>; 8]>;
 /// Give it back with [`Queue::complete`](crate::Queue::complete) or
 /// [`Queue::unpop`](crate::Queue::unpop); one that is merely dropped is lost to the driver until it
 /// resets the device, which is what a device does with the chains it holds when it is stopped.
-#[derive(Debug, PartialEq, Eq)]
+#[derive(Debug)]
 #[must_use = "a chain that is not completed is lost to the driver"]
 pub struct Chain {
     /// Index of its first descriptor.
@@ -22,11 +24,21 @@ pub struct Chain {
     ranges: SmallVec<[(GuestAddress, u32); 8]>,
     /// Number of readable ranges.
     split: usize,
+    /// What was lent in place of ranges in windows.
+    loans: Vec<Loan>,
 }
+
+impl PartialEq for Chain {
+    fn eq(&self, other: &Self) -> bool {
+        (self.head, &self.ranges, self.split) == (other.head, &other.ranges, other.split)
+    }
+}
+
+impl Eq for Chain {}
 
 impl Chain {
     pub(crate) fn new(head: u16) -> Self {
-        Self { head, ranges: SmallVec::new(), split: 0 }
+        Self { head, ranges: SmallVec::new(), split: 0, loans: Vec::new() }
     }
 
     /// Appends a range; false when a readable one follows a writable one.
@@ -39,6 +51,20 @@ impl Chain {
         }
         self.ranges.push((GuestAddress(at), len));
         true
+    }
+
+    /// Keeps what was lent for one of the ranges.
+    pub(crate) fn borrow(&mut self, loan: Loan) {
+        self.loans.push(loan);
+    }
+
+    /// The device is done with the chain: what was lent for it is copied to where it belongs, and given back. True if
+    /// there was something.
+    pub(crate) fn settle(&mut self) -> bool {
+        self.loans.iter().for_each(Loan::settle);
+        let any = !self.loans.is_empty();
+        self.loans.clear();
+        any
     }
 
     /// The part that the driver wrote for the device.

@@ -5,7 +5,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
 use krun_event::{Interest, Poll, Ready, Wake};
-use krun_memory::GuestMemory;
+use krun_memory::{GuestMemory, Mapping};
 
 use crate::chain::Chain;
 use crate::queue::{Queue, QueueAddresses, QueueError};
@@ -17,6 +17,15 @@ pub struct ShmRegion {
     pub id: u8,
     /// Length in bytes, a multiple of the page size.
     pub size: u64,
+}
+
+/// The memory of a [`ShmRegion`], which the machine shows to the guest for as long as it runs.
+pub trait SharedMemory: Send + Sync {
+    /// All of it, of the region's size.
+    fn mapping(&self) -> &Mapping;
+    /// A virtual CPU could not get at the guest's memory, perhaps here. Puts something in place of what is gone; false
+    /// if all is there. Called from any vCPU's thread.
+    fn mend(&self) -> bool;
 }
 
 /// The facts about a device that do not change while it lives.
@@ -323,6 +332,10 @@ pub trait VirtioDevice: Send {
     fn info(&self) -> DeviceInfo;
     /// The configuration space, shared with the transport.
     fn config(&self) -> Arc<dyn ConfigSpace>;
+    /// Its shared memory regions by id: all that [`Self::info`] lists; the same at every call.
+    fn shared_memory(&self) -> Vec<(u8, Arc<dyn SharedMemory>)> {
+        Vec::new()
+    }
     /// Whether another process serves the queues; the same at every call. The worker then neither waits for
     /// doorbells nor looks at rings: [`Self::start`] hands [`Cx::doorbell`] and [`Interrupt::direct`] on, and
     /// [`Self::on_queue`] is not called. Of the ring's features only those in [`DeviceInfo::features`] are offered.

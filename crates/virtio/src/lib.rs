@@ -3,6 +3,7 @@
 //! A device owns what the bytes mean; the queue owns the rules of the ring; a transport owns the
 //! registers. None of them knows the hypervisor: interrupts and doorbells are handed in as values.
 
+mod bounce;
 mod chain;
 mod device;
 #[cfg(any(test, feature = "mock"))]
@@ -16,8 +17,11 @@ mod queue;
 mod ring;
 mod worker;
 
+pub use bounce::{Bounce, Windows};
 pub use chain::{Chain, Reader, Slices, Writer};
-pub use device::{ConfigSpace, Cx, DeviceError, DeviceInfo, Interrupt, ShmRegion, VirtioDevice};
+pub use device::{
+    ConfigSpace, Cx, DeviceError, DeviceInfo, Interrupt, SharedMemory, ShmRegion, VirtioDevice,
+};
 pub use mmio::{MmioTransport, RegisterPage, RegisterPages, reg};
 pub use queue::{Queue, QueueAddresses, QueueError, QueueState, RingPart};
 

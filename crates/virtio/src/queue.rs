@@ -1,9 +1,11 @@
 //! Split virtqueues, device side (virtio 1.2, section 2.7).
 
+use std::sync::Arc;
 use std::sync::atomic::{Ordering, fence};
 
 use krun_memory::GuestMemory;
 
+use crate::bounce::{Bounce, Refusal};
 use crate::chain::Chain;
 use crate::feature;
 use crate::ring::{self, DESC_INDIRECT, DESC_NEXT, DESC_SIZE, DESC_WRITE, Descriptor, Ring};
@@ -125,6 +127,14 @@ pub enum QueueError {
         /// Bytes.
         len: u32,
     },
+    /// There is no memory for the device to use in place of buffers in windows.
+    #[error("chain {head}: its buffers in windows do not fit into {max} bytes")]
+    Windows {
+        /// First descriptor of the chain.
+        head: u16,
+        /// What one queue can have at a time, if the host has it.
+        max: u64,
+    },
     /// An indirect table though the feature was not negotiated.
     #[error("chain {head}: indirect table without the feature")]
     IndirectRefused {
@@ -193,6 +203,10 @@ pub struct Queue {
     silent: bool,
     /// Chains that may come before it does; see [`Queue::notify_after`].
     unnoticed: u16,
+    /// What is lent in place of buffers in windows.
+    bounce: Option<Arc<Bounce>>,
+    /// A chain waits for some of that to come back, which had come back so often before.
+    held: Option<u64>,
 }
 
 impl Queue {
@@ -228,6 +242,13 @@ impl Queue {
         self.state = state;
         self.seen_avail = state.next_avail;
         self.announced = state.next_used;
+        self
+    }
+
+    /// Takes chains with buffers in windows, too.
+    #[must_use]
+    pub fn with_bounce(mut self, bounce: Arc<Bounce>) -> Self {
+        self.bounce = Some(bounce);
         self
     }
 
@@ -308,9 +329,32 @@ impl Queue {
             return Ok(None);
         }
         let head = ring.avail_head(memory, self.state.next_avail)?;
-        let chain = self.walk(ring, memory, head)?;
+        let chain = match self.walk(ring, memory, head) {
+            Err(QueueError::Windows { .. }) if self.hold() => return Ok(None),
+            walked => walked?,
+        };
         self.state.next_avail = self.state.next_avail.wrapping_add(1);
         Ok(Some(chain))
+    }
+
+    /// A chain found no room for its buffers in windows. Whether it may wait: others have some, which comes back.
+    fn hold(&mut self) -> bool {
+        let Some(bounce) = self.bounce.as_ref() else { return false };
+        let returns = bounce.returns();
+        if bounce.is_lent() {
+            self.held = Some(returns);
+        }
+        self.held.is_some()
+    }
+
+    /// Whether a chain waited for room that has come back meanwhile.
+    pub(crate) fn take_held(&mut self) -> bool {
+        let returns = self.bounce.as_ref().map(|b| b.returns());
+        let over = self.held.is_some() && self.held != returns;
+        if over {
+            self.held = None;
+        }
+        over
     }
 
     /// Treats the queue as found empty without a look: what waits is found by
@@ -346,12 +390,13 @@ impl Queue {
         chains: impl IntoIterator<Item = (Chain, u32)>,
     ) -> Result<(), QueueError> {
         let mut next = self.state.next_used;
-        for (chain, written) in chains {
+        for (mut chain, written) in chains {
             let (head, room) = (chain.head, chain.writable_len());
             let (Some(ring), true) = (self.ring, self.state.next_avail != next) else {
                 return Err(QueueError::NotTaken { head });
             };
             debug_assert!(written <= room, "{written} bytes stored in {room}");
+            chain.settle();
             ring.put_used(memory, next, head, written.min(room))?;
             next = next.wrapping_add(1);
         }
@@ -451,10 +496,12 @@ impl Queue {
             }
             if d.len > 0 {
                 total = total.checked_add(d.len).ok_or(QueueError::Length { head })?;
-                if !ring::in_memory(memory, d.at, u64::from(d.len)) {
-                    return Err(QueueError::Buffer { head, at: d.at, len: d.len });
-                }
-                if !chain.push(d.at, d.len, d.flags & DESC_WRITE != 0) {
+                let at = if ring::in_memory(memory, d.at, u64::from(d.len)) {
+                    d.at
+                } else {
+                    self.lend(&mut chain, d)?
+                };
+                if !chain.push(at, d.len, d.flags & DESC_WRITE != 0) {
                     return Err(QueueError::Order { head });
                 }
             }
@@ -462,6 +509,22 @@ impl Queue {
                 return Ok(chain);
             }
             index = d.next;
+        }
+    }
+
+    /// The address of what is used in place of a buffer that is not in memory.
+    fn lend(&self, chain: &mut Chain, d: Descriptor) -> Result<u64, QueueError> {
+        let head = chain.head;
+        let nowhere = QueueError::Buffer { head, at: d.at, len: d.len };
+        let Some(bounce) = &self.bounce else { return Err(nowhere) };
+        match bounce.lend(d.at, d.len, d.flags & DESC_WRITE != 0) {
+            Ok(loan) => {
+                let at = loan.address();
+                chain.borrow(loan);
+                Ok(at)
+            }
+            Err(Refusal::NoWindow) => Err(nowhere),
+            Err(Refusal::NoRoom) => Err(QueueError::Windows { head, max: Bounce::SIZE }),
         }
     }
 

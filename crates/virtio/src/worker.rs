@@ -86,7 +86,7 @@ impl Engine {
             let more = q
                 .enable_notifications(&self.memory)
                 .map_err(|source| DeviceError::Queue { queue, source })?;
-            self.due[queue] |= more;
+            self.due[queue] |= more | q.take_held();
         }
         Ok(())
     }

@@ -53,6 +53,8 @@ macro_rules! guest {
     };
 }
 
+mod window;
+
 struct Machine {
     vm: KvmVm,
     ram: Mapping,

@@ -206,11 +206,16 @@ impl KvmVcpu {
     #[cold]
     fn stopped(&mut self, reason: String) -> Error {
         self.counts.count(Reason::Error);
+        Error::Stopped { vcpu: self.id, stop: self.stop(reason) }
+    }
+
+    /// Where the guest is.
+    fn stop(&self, reason: String) -> Box<Stop> {
         let registers = x86_64::regs::describe(&self.fd);
         let mut bytes = [0u8; 15];
         let known = x86_64::regs::instruction_address(&self.fd).map_or(0, |at| self.vm.peek(at, &mut bytes));
         let instruction = bytes[..known].to_vec();
-        Error::Stopped { vcpu: self.id, stop: Box::new(Stop { reason, registers, instruction }) }
+        Box::new(Stop { reason, registers, instruction })
     }
 
     #[cold]
@@ -220,6 +225,10 @@ impl KvmVcpu {
         if faulty && self.page.exit_reason() == kvm::KVM_EXIT_MEMORY_FAULT {
             let fault = self.page.detail::<sys::MemoryFault>();
             reason += &format!(", memory at {:#x} cannot be had", fault.gpa);
+        }
+        if faulty {
+            self.counts.count(Reason::Error);
+            return Error::Memory { vcpu: self.id, stop: self.stop(reason) };
         }
         self.stopped(reason)
     }

@@ -178,10 +178,13 @@ impl Shared {
         }
     }
 
-    /// Copies up to `out.len()` bytes of guest memory at `at`, for error messages.
+    /// Copies up to `out.len()` bytes of guest memory at `at`, for error messages; nothing of a window.
     pub(super) fn peek(&self, at: u64, out: &mut [u8]) -> usize {
         let slots = self.slots();
         let Some((start, slot)) = slots.used.range(..=at).next_back() else { return 0 };
+        if slot.mapping.may_change() {
+            return 0;
+        }
         let offset = at - start;
         let left = (slot.mapping.len() as u64).saturating_sub(offset);
         let len = usize::try_from(left).unwrap_or(usize::MAX).min(out.len());

@@ -10,7 +10,7 @@ mod vcpu;
 
 use std::collections::BTreeMap;
 use std::collections::btree_map::Entry;
-use std::sync::atomic::{AtomicU32, Ordering};
+use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError, mpsc};
 use std::thread::{Builder, JoinHandle};
 
@@ -20,7 +20,9 @@ use krun_hv::{
     BootState, DoorbellGuard, ExitCounts, Hypervisor, Irq, MapGuard, Platform, Prot, Vm, VmConfig,
 };
 use krun_memory::{GuestAddress, GuestMemory};
-use krun_virtio::{Interrupt, MmioTransport, RegisterPage, RegisterPages, VirtioDevice, mmio::reg};
+use krun_virtio::{
+    Interrupt, MmioTransport, RegisterPage, RegisterPages, SharedMemory, VirtioDevice, Windows, mmio::reg,
+};
 use rustix::rand::{GetRandomFlags, getrandom};
 
 use crate::board::{Board, MMIO_BASE, SERIAL_IRQ, Slot};
@@ -53,6 +55,9 @@ pub(crate) struct Inner<V: Vm> {
     bus: Bus,
     _doorbells: Vec<DoorbellGuard>,
     _maps: Vec<MapGuard>,
+    windows: Vec<Arc<dyn SharedMemory>>,
+    /// How often something was put in place of memory that was gone.
+    mended: AtomicU64,
     memory: GuestMemory,
     vm: V,
     end: Arc<End>,
@@ -135,6 +140,7 @@ fn connect<V: Vm>(
     if !devices.is_empty() {
         show(&vm, &pages, &mut maps, &mut prefault);
     }
+    let (windows, shown_at) = show_windows(&vm, board, &devices, &mut maps)?;
     let (mut slots, mut doorbells) = (Vec::with_capacity(devices.len()), Vec::new());
     let mut lines = Lines::default();
     // Set by acknowledgements of used buffers, and nobody looks at it: they end in the host's kernel.
@@ -145,6 +151,7 @@ fn connect<V: Vm>(
         let Some(page) = pages.page(n) else { break };
         let line = lines.line(&vm, slot.irq)?;
         let mut transport = transport(device, slot, ram.memory.clone(), page, line, end)?;
+        transport.set_windows(Arc::clone(&shown_at));
         if let Some(host) = vm.doorbells() {
             let at = GuestAddress(slot.at + reg::INTERRUPT_ACK);
             doorbells.push(host.register(at, Some(Interrupt::USED), &acknowledged)?);
@@ -160,6 +167,8 @@ fn connect<V: Vm>(
         bus: Bus { ports: Ports::new(serial), slots },
         _doorbells: doorbells,
         _maps: maps,
+        windows,
+        mended: AtomicU64::new(0),
         memory: ram.memory,
         vm,
         end: Arc::clone(end),
@@ -191,6 +200,29 @@ fn show<V: Vm>(
         }
         Err(e) => tracing::debug!("the guest reads registers by exits: {e}"),
     }
+}
+
+/// The windows of the devices, and where the guest sees them.
+type Shown = (Vec<Arc<dyn SharedMemory>>, Arc<Windows>);
+
+/// Shows the devices' windows to the guest.
+fn show_windows<V: Vm>(
+    vm: &V,
+    board: &Board,
+    devices: &[Box<dyn VirtioDevice>],
+    maps: &mut Vec<MapGuard>,
+) -> Result<Shown, Error> {
+    let (mut windows, mut places) = (Vec::new(), Vec::new());
+    for (device, slot) in devices.iter().zip(&board.slots) {
+        for (id, memory) in device.shared_memory() {
+            let Some(place) = slot.shm.iter().find(|place| place.id == id) else { continue };
+            let at = GuestAddress(place.at);
+            maps.push(vm.map(at, memory.mapping(), Prot::ReadWrite)?);
+            places.push((at, memory.mapping().clone()));
+            windows.push(memory);
+        }
+    }
+    Ok((windows, Arc::new(Windows::new(places))))
 }
 
 /// Interrupt lines in use. Devices on one line share one [`Irq`]: the pulses of one follow each other, but
@@ -299,6 +331,18 @@ impl<V: Vm> Drop for Leave<V> {
 }
 
 impl<V: Vm> Inner<V> {
+    /// Puts something in place of memory that a vCPU could not get at; false if nothing is missing. `seen` is what it
+    /// knows of how often that was done: another vCPU may have come first.
+    fn mend(&self, seen: &mut u64) -> bool {
+        // Each of them, for the host does not say where.
+        if self.windows.iter().fold(false, |any, window| window.mend() | any) {
+            self.mended.fetch_add(1, Ordering::SeqCst);
+            return true;
+        }
+        let before = std::mem::replace(seen, self.mended.load(Ordering::SeqCst));
+        before != *seen
+    }
+
     /// Stops the devices. They pass on what the guest left with them, unless the machine was killed.
     fn shut_down(&self) {
         self.off.stop();

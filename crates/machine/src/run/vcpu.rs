@@ -62,10 +62,15 @@ pub fn body<V: Vm>(
 /// Runs the vCPU until it ends the machine (the outcome) or the machine has ended (none).
 fn run<V: Vm>(inner: &Inner<V>, id: u32, vcpu: &mut V::Vcpu) -> Option<Outcome> {
     let mut reply = Reply::None;
-    let (mut exits, mut answered) = (0u32, 0u64);
+    let (mut exits, mut answered, mut mended) = (0u32, 0u64, 0u64);
     loop {
         let exit = match vcpu.run(reply) {
             Ok(exit) => exit,
+            // A file in a window has become shorter, say: the guest tries again.
+            Err(krun_hv::Error::Memory { .. }) if inner.mend(&mut mended) => {
+                reply = Reply::None;
+                continue;
+            }
             Err(e) => return Some(Outcome::Error(e.to_string())),
         };
         exits = exits.wrapping_add(1);

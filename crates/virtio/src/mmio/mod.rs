@@ -13,6 +13,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError, mpsc};
 use krun_event::{Failure, Poll, Wake, Worker};
 use krun_memory::{GuestAddress, GuestMemory};
 
+use crate::bounce::{Bounce, Windows};
 use crate::device::{ConfigSpace, DeviceError, DeviceInfo, Interrupt, VirtioDevice};
 use crate::feature;
 use crate::queue::{Queue, QueueAddresses};
@@ -117,6 +118,8 @@ pub struct MmioTransport {
     shared: Arc<Shared>,
     doorbells: Vec<Wake>,
     shm: Vec<(u8, GuestAddress, u64)>,
+    /// All windows of the machine: a driver's buffers may lie there.
+    windows: Arc<Windows>,
     inner: Mutex<Inner>,
 }
 
@@ -161,6 +164,7 @@ impl MmioTransport {
             shared: Arc::new(Shared { page, config, line: Box::new(line), fail: Box::new(fail) }),
             doorbells,
             shm: Vec::new(),
+            windows: Arc::default(),
             inner: Mutex::new(Inner { regs: Regs::default(), queues, state: State::Idle(device) }),
         };
         transport.show(&transport.lock());
@@ -173,6 +177,12 @@ impl MmioTransport {
             self.shm.push((id, at, region.size));
             self.show(&self.lock());
         }
+    }
+
+    /// Says where the windows of the machine are, so that the driver's buffers may lie there. Of no effect for a device
+    /// whose queues another process serves.
+    pub fn set_windows(&mut self, windows: Arc<Windows>) {
+        self.windows = windows;
     }
 
     /// Gives the interrupt line itself to a device whose queues another process serves: what is set to pulse it. Of no
@@ -384,6 +394,13 @@ impl MmioTransport {
             let what = what.to_owned();
             move |source| DeviceError::Host { what, source }
         };
+        let mut memory = self.memory.clone();
+        if !self.windows.is_empty() && !self.elsewhere {
+            let made = Bounce::new(&self.windows, &memory).map_err(std::io::Error::other);
+            let (bounce, with_it) = made.map_err(host("reserve memory for buffers in windows"))?;
+            memory = with_it;
+            queues = queues.into_iter().map(|q| q.with_bounce(Arc::clone(&bounce))).collect();
+        }
         let poll = Poll::new().map_err(host("create an event set"))?;
         let State::Idle(device) = std::mem::replace(&mut inner.state, State::Gone) else {
             let source = std::io::Error::other("the device is gone");
@@ -400,7 +417,7 @@ impl MmioTransport {
                 if self.always_used {
                     self.shared.page.set_bits(reg::INTERRUPT_STATUS, Interrupt::USED);
                 }
-                let (memory, doorbells) = (self.memory.clone(), self.doorbells.clone());
+                let doorbells = self.doorbells.clone();
                 let engine = Engine::new(device, memory, features, queues, doorbells, poll, interrupt);
                 let _ = hand_over.send(engine);
                 inner.state = State::Running { worker, wish };

@@ -1,5 +1,6 @@
 //! Tests of the whole: the device's side against the driver's side.
 
+mod bounce;
 mod elsewhere;
 mod life;
 mod mmio;
