@@ -114,12 +114,15 @@ int32_t krun_check_nested_virt(void);
 
 #define KRUN_FS_ROOT_TAG "/dev/root"
 
-/* The host directory that is the guest's root. Once. */
+/* The host directory that is the guest's root. Once. It has no DAX window; for one, add the directory by
+ * krun_add_virtiofs2() with KRUN_FS_ROOT_TAG. */
 int32_t krun_set_root(uint32_t ctx_id, const char *root_path);
 
 /* A host directory as a virtio-fs share under `tag` (1 to 36 bytes). The tag KRUN_FS_ROOT_TAG makes it
- * the root. `shm_size` is meant for a DAX window, which this version does not have: any value is accepted and
- * nothing comes of it, so that the guest reads through its own page cache. */
+ * the root. `shm_size` is the size of a DAX window, into which the guest maps files of 1 MiB or more instead of
+ * keeping copies of them; it is rounded up to 2 MiB, and 16 GiB are the most (32 GiB for all shares of a VM). With 0
+ * there is none. The guest keeps 1/64 of the size in its own memory for it. Files on overlayfs, 9p, FUSE and network
+ * file systems are not mapped. Where the host makes a mapped file shorter, the guest finds zeroes. */
 int32_t krun_add_virtiofs(uint32_t ctx_id, const char *tag, const char *path);
 int32_t krun_add_virtiofs2(uint32_t ctx_id, const char *tag, const char *path, uint64_t shm_size);
 int32_t krun_add_virtiofs3(uint32_t ctx_id, const char *tag, const char *path, uint64_t shm_size,
@@ -382,8 +385,7 @@ int32_t krun_start_enter(uint32_t ctx_id);
 
 /* ---------------------------------------------- Not served by this version */
 
-/* Beside these functions: the DAX window of krun_add_virtiofs2 to 4, which is ignored, and the TSI features of
- * krun_add_vsock, which are -ENOTSUP. KRUN_FS_SEMANTICS_SIMPLIFIED is served as COMPLETE. */
+/* Beside these functions: the TSI features of krun_add_vsock, which are -ENOTSUP. KRUN_FS_SEMANTICS_SIMPLIFIED is served as COMPLETE. */
 
 int32_t krun_set_mapped_volumes(uint32_t ctx_id, const char *const mapped_volumes[]); /* always -EINVAL */
 

@@ -314,6 +314,7 @@ const ONCE: &[&str] = &[
     "disk_fio",
     "disk_power_cut",
     "share_no_space",
+    "share_dax_root",
     "suite_pjdfstest",
     "suite_fsx",
     "load_pgbench",

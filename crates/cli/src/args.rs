@@ -88,11 +88,17 @@ pub struct Run {
     #[arg(long)]
     pub read_only: bool,
 
+    /// A window of this size into which the guest maps large files of the root, as with `dax=` of a volume.
+    #[arg(long, value_name = "SIZE", requires = "root", value_parser = memory)]
+    pub root_dax: Option<u64>,
+
     /// Share a host directory at a path of the guest, `:ro` if the guest may not change it. `:cache=always` if
     /// nobody else changes it meanwhile, `:cache=writeback` if nobody else looks at it either, `:cache=never` if each
     /// side must see the other's changes at once, not within a second; `:locks` if locks of guest and host are to
-    /// exclude each other.
-    #[arg(long = "volume", value_name = "HOST:GUEST[:ro][:cache=HOW][:locks]", value_parser = os_parser(volume))]
+    /// exclude each other. `:dax=SIZE` makes a window of that size (MiB, or with a suffix; 16G at most) into which the
+    /// guest maps files of 1 MiB or more, or those of `:dax-from=SIZE` or more: they are in memory once, not once more in
+    /// each guest. Files on overlayfs are only with `:ro:cache=always`.
+    #[arg(long = "volume", value_name = "HOST:GUEST[:ro][:cache=HOW][:locks][:dax=SIZE[:dax-from=SIZE]]", value_parser = os_parser(volume))]
     pub volumes: Vec<Volume>,
 
     /// Disk image that becomes the guest's root, with options as for --disk. Its file system is found by trying;
@@ -222,6 +228,8 @@ pub struct Volume {
     pub cache: krun::Cache,
     /// Locks of both sides exclude each other.
     pub locks: bool,
+    /// A window for mapped files.
+    pub dax: Option<krun::Dax>,
 }
 
 /// A value parser from a function on bytes.
@@ -232,6 +240,7 @@ fn os_parser<T: Clone + Send + Sync + 'static>(parse: fn(&OsStr) -> Result<T, St
 fn volume(text: &OsStr) -> Result<Volume, String> {
     let mut bytes = text.as_bytes();
     let (mut read_only, mut cache, mut locks) = (false, krun::Cache::Auto, false);
+    let (mut window, mut from) = (None, None);
     let (host, guest) = loop {
         let split = bytes.iter().rposition(|b| *b == b':');
         let at = split.ok_or("write HOST:GUEST, and options after that")?;
@@ -246,6 +255,8 @@ fn volume(text: &OsStr) -> Result<Volume, String> {
             word if word.starts_with(b"cache=") => {
                 return Err("cache= is never, auto, always or writeback".into());
             }
+            word if word.starts_with(b"dax=") => window = Some(size(&word[4..])?),
+            word if word.starts_with(b"dax-from=") => from = Some(size(&word[9..])?),
             guest => break (&bytes[..at], guest),
         }
         bytes = &bytes[..at];
@@ -257,7 +268,17 @@ fn volume(text: &OsStr) -> Result<Volume, String> {
     if !guest.starts_with(b"/") {
         return Err("the path in the guest must be absolute".into());
     }
-    Ok(Volume { host: path(host), guest: path(guest), read_only, cache, locks })
+    let dax = match (window, from) {
+        (None, Some(_)) => return Err("dax-from= is for a window: write dax=SIZE as well".into()),
+        (window, from) => window.map(|window| krun::Dax { window, from: from.unwrap_or(krun::Dax::FROM) }),
+    };
+    Ok(Volume { host: path(host), guest: path(guest), read_only, cache, locks, dax })
+}
+
+/// A size in MiB, or with a suffix, in bytes.
+fn size(text: &[u8]) -> Result<u64, String> {
+    let mib = memory(std::str::from_utf8(text).unwrap_or_default()).map_err(|e| format!("dax: {e}"))?;
+    mib.checked_mul(1 << 20).ok_or_else(|| "dax: more than a number can hold".to_owned())
 }
 
 fn vsock(text: &OsStr) -> Result<krun::VsockPort, String> {
@@ -325,14 +346,19 @@ mod tests {
     fn volumes() {
         use krun::Cache;
         let v = |h: &str, g: &str, read_only, cache| {
-            Ok(Volume { host: h.into(), guest: g.into(), read_only, cache, locks: false })
+            Ok(Volume { host: h.into(), guest: g.into(), read_only, cache, locks: false, dax: None })
         };
         assert_eq!(volume(OsStr::new("/a:/b")), v("/a", "/b", false, Cache::Auto));
         assert_eq!(volume(OsStr::new("a:b:/c:ro")), v("a:b", "/c", true, Cache::Auto));
         assert_eq!(volume(OsStr::new("a:/c:cache=writeback")), v("a", "/c", false, Cache::WriteBack));
         assert_eq!(volume(OsStr::new("a:/c:cache=never:ro")), v("a", "/c", true, Cache::Never));
         assert!(volume(OsStr::new("a:/c:locks:ro")).unwrap().locks);
-        for bad in ["/a", ":/b", "/a:b", "/a:", "/a:ro", "/a:/b:cache=some", "/a:/b:cache=", "ro"] {
+        let dax = |text: &str| volume(OsStr::new(text)).unwrap().dax;
+        assert_eq!(dax("a:/c:dax=512M:ro"), Some(krun::Dax { window: 512 << 20, from: 1 << 20 }));
+        assert_eq!(dax("a:/c:dax-from=0:dax=1g"), Some(krun::Dax { window: 1 << 30, from: 0 }));
+        let bad = ["/a", ":/b", "/a:b", "/a:", "/a:ro", "/a:/b:cache=some", "/a:/b:cache=", "ro"];
+        for bad in bad.into_iter().chain(["a:/b:dax=", "a:/b:dax=x", "a:/b:dax-from=1", "a:/b:dax=99999999T"])
+        {
             assert!(volume(OsStr::new(bad)).is_err(), "{bad}");
         }
     }

@@ -139,13 +139,15 @@ pub fn check(args: &Run) -> Result<(), String> {
 }
 
 fn shares(args: &Run) -> Result<Vec<Share>, String> {
-    let root = args.root.as_ref().map(|root| Share { read_only: args.read_only, ..Share::root(root) });
+    let dax = args.root_dax.map(|mib| krun::Dax::new(mib << 20));
+    let root = args.root.as_ref().map(|root| Share { read_only: args.read_only, dax, ..Share::root(root) });
     let mut shares: Vec<_> = root.into_iter().collect();
     for (n, volume) in args.volumes.iter().enumerate() {
         shares.push(Share {
             read_only: volume.read_only,
             cache: volume.cache,
             locks: volume.locks,
+            dax: volume.dax,
             mount: Some(volume.guest.clone()),
             ..Share::new(format!("volume{n}"), &volume.host)
         });

@@ -17,7 +17,7 @@ use krun_machine::{SerialSpec, Spec};
 use krun_virtio::VirtioDevice;
 use krun_wire as wire;
 
-use crate::config::{Cache, Overlay, OverlayContent, ROOT_TAG};
+use crate::config::{Cache, Dax, Overlay, OverlayContent, ROOT_TAG};
 use crate::{Console, Error, INIT, Port, Share, VmConfig};
 use crate::{disk, net, vhost_user};
 
@@ -174,7 +174,7 @@ fn share_device(
         read_only: share.read_only,
         overlays: own.into_iter().chain(share.overlays.into_iter().map(fs_overlay)).collect(),
         exit_code: is_root.then(|| Arc::clone(exit)),
-        shm_size: share.shm_size,
+        dax: share.dax.map(|dax| fs::DaxSpec { size: dax.window, from: dax.from }),
         cache: match share.cache {
             Cache::Never => fs::CachePolicy::NEVER,
             Cache::Auto => fs::CachePolicy::AUTO,
@@ -246,6 +246,11 @@ pub fn assemble(mut config: VmConfig) -> Result<Parts, Error> {
     match shares.iter().position(|s| s.tag == ROOT_TAG) {
         Some(at) => shares[..=at].rotate_right(1),
         None => shares.insert(0, Share { source: None, ..Share::root("") }),
+    }
+    let windows = shares.iter().filter_map(|s| s.dax).map(|dax| dax.window);
+    let windows = windows.fold(0u64, u64::saturating_add);
+    if windows > Dax::MAX_TOTAL {
+        return Err(Error::DaxWindows { total: windows });
     }
     let quota = fs::Quota::for_memory(u64::from(config.memory_mib) << 20);
     for share in shares {

@@ -114,8 +114,8 @@ pub struct Share {
     /// Locks of the guest's programs and of this host's exclude each other. Whoever waits for one in the guest cannot
     /// be interrupted in that, not even by a kill.
     pub locks: bool,
-    /// Bytes of DAX window. There is none yet, and this has no effect.
-    pub shm_size: Option<u64>,
+    /// A window into which the guest maps files, so that it needs no copies of its own.
+    pub dax: Option<Dax>,
     /// Files and directories that only the guest sees.
     pub overlays: Vec<Overlay>,
     /// Where init mounts it (absolute); `None`: the guest mounts it by its tag.
@@ -131,7 +131,7 @@ impl Share {
             read_only: false,
             cache: Cache::Auto,
             locks: false,
-            shm_size: None,
+            dax: None,
             overlays: Vec::new(),
             mount: None,
         }
@@ -140,6 +140,43 @@ impl Share {
     /// The guest's root.
     pub fn root(source: impl Into<PathBuf>) -> Self {
         Self::new(ROOT_TAG, source)
+    }
+}
+
+/// A DAX window of a share.
+///
+/// The guest maps large files into it, in pieces of 2 MiB: they are in memory once, for the host and all guests together;
+/// what one side writes to a file the other one reads at once, also through mappings (`MAP_SHARED`); and a program that
+/// writes inside of a file makes no requests. The first access to each page costs more than reading it by a request, and
+/// the guest's kernel keeps 1/64 of the window's size in its own memory to manage it.
+///
+/// The guest needs no mount option (Linux 5.17, with `CONFIG_FUSE_DAX`; without, the window stays unused). Files on
+/// overlayfs and 9p are mapped only if the share is read-only and its cache [`Cache::Always`], those on network file
+/// systems and FUSE not at all.
+///
+/// When the host makes a file shorter that is mapped, the guest finds zeroes in place of what is gone.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Dax {
+    /// Bytes, a multiple of 2 MiB; at most 16 GiB, and 32 GiB for all shares of a guest. A guest that is up to no good can
+    /// have this process use as much memory beside its RAM.
+    pub window: u64,
+    /// Files of at least so many bytes are mapped. Each takes a piece of the window or more.
+    pub from: u64,
+}
+
+impl Dax {
+    /// Smallest file that is mapped unless [`Dax::from`] says otherwise.
+    pub const FROM: u64 = 1 << 20;
+    /// What a window's size is a multiple of.
+    pub const STEP: u64 = krun_devices::fs::DAX_CHUNK;
+    /// Largest window of a share.
+    pub const MAX: u64 = krun_devices::fs::DAX_WINDOW_MAX;
+    /// Most for all shares of a guest together.
+    pub const MAX_TOTAL: u64 = 2 * Self::MAX;
+
+    /// A window of so many bytes.
+    pub fn new(window: u64) -> Self {
+        Self { window, from: Self::FROM }
     }
 }
 

@@ -23,6 +23,12 @@ pub enum Error {
     /// A share.
     #[error(transparent)]
     Share(#[from] FsError),
+    /// More DAX windows than this process can fill with mappings.
+    #[error("DAX windows of {} MiB: at most {} MiB for one guest", total >> 20, crate::Dax::MAX_TOTAL >> 20)]
+    DaxWindows {
+        /// All together, in bytes.
+        total: u64,
+    },
     /// A console.
     #[error(transparent)]
     Console(#[from] ConsoleError),

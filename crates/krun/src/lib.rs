@@ -38,7 +38,8 @@ mod vsock;
 
 pub use command::{Command, Limit, LimitError};
 pub use config::{
-    Cache, Console, Kernel, KernelFormat, Overlay, OverlayContent, Port, ROOT_TAG, Serial, Share, VmConfig,
+    Cache, Console, Dax, Kernel, KernelFormat, Overlay, OverlayContent, Port, ROOT_TAG, Serial, Share,
+    VmConfig,
 };
 pub use disk::{BlockError, Disk, DiskFormat, RootDisk, SyncMode};
 pub use error::Error;

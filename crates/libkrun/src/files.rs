@@ -5,7 +5,7 @@ use std::path::{Component, Path};
 use std::slice;
 use std::sync::Arc;
 
-use krun_api::{Overlay, OverlayContent, ROOT_TAG, Share};
+use krun_api::{Dax, Overlay, OverlayContent, ROOT_TAG, Share};
 
 use crate::context::{Context, with};
 use crate::{Answer, EEXIST, EINVAL, ENOENT, ENOTDIR, args};
@@ -86,9 +86,14 @@ pub unsafe extern "C" fn krun_add_virtiofs4(
         if semantics > 1 {
             return Err(EINVAL);
         }
-        let shm_size = Some(shm_size).filter(|size| *size > 0);
-        add_share(context, Share { read_only, shm_size, ..Share::new(tag, path) })
+        add_share(context, Share { read_only, dax: window(shm_size), ..Share::new(tag, path) })
     })
+}
+
+/// The window for a size that callers choose as they like: in whole steps, and no larger than there is.
+fn window(shm_size: u64) -> Option<Dax> {
+    let size = shm_size.min(Dax::MAX).next_multiple_of(Dax::STEP);
+    (size > 0).then(|| Dax::new(size))
 }
 
 /// Checks that the parent of `path` is there: a directory of the host or one added before.

@@ -25,6 +25,7 @@ mod processors;
 mod programs;
 mod several;
 mod share_cache;
+mod share_dax;
 mod share_faults;
 mod share_locks;
 mod share_users;
@@ -49,6 +50,10 @@ pub const ALL: &[Case] = &[
     shares::CASE,
     share_cache::CASE,
     share_cache::IDMAP,
+    share_dax::CASE,
+    share_dax::BUFFERS,
+    share_dax::SHORTER,
+    share_dax::ROOT,
     share_faults::SPACE,
     share_faults::CHANGES,
     share_faults::GONE,

@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
-use krun::{Share, VmConfig};
+use krun::{Dax, Share, VmConfig};
 
 use super::disk::{MIB, image, tool};
 use super::programs::Copy;
@@ -198,7 +198,7 @@ posix_fadvise = 1
 copy_file_range = 3
 ";
 
-/// fsx with several seeds on a share and on the root, which the host's file system passes as well.
+/// fsx with several seeds on a share, on one through its DAX window, and on the root, which the host's file system passes as well.
 fn fsx(env: &Env) -> Result<(), Failure> {
     let programs = home("fsx")?;
     let (dir, settings) = (TempDir::new("fsx")?, TempDir::new("settings")?);
@@ -219,16 +219,21 @@ fn fsx(env: &Env) -> Result<(), Failure> {
     ))?;
     same(&format!("on the host: {host}"), host.trim_end().ends_with("passed"), true)?;
     let root = Copy::of(&env.root)?;
-    let mut config = guest(env, &programs, &settings, &script(PROGRAMS, "/srv/fsx", "/media/guest /guest"));
+    let mut config =
+        guest(env, &programs, &settings, &script(PROGRAMS, "/srv/fsx", "/media/guest /dax/dax /guest"));
     config.shares[0] = Share::root(root.path());
     config.shares.push(Share { mount: Some("/media".into()), ..Share::new("disk", disk.path()) });
+    let dax = Some(Dax { from: 0, ..Dax::new(16 * MIB) });
+    config.shares.push(Share { dax, mount: Some("/dax".into()), ..Share::new("dax", disk.path()) });
     let output = run(config)?;
     same(&format!("in the guest: {}", output.out()), output.code, 0)?;
     // What the guest left is what the host's own run left: the same steps on the same file system.
     for seed in 1..=seeds {
-        let [a, b] =
-            ["host", "guest"].map(|d| std::fs::read(disk.path().join(d).join(format!("file{seed}"))));
-        same(&format!("the file of seed {seed}"), a? == b?, true)?;
+        let [a, b, c] =
+            ["host", "guest", "dax"].map(|d| std::fs::read(disk.path().join(d).join(format!("file{seed}"))));
+        let a = a?;
+        same(&format!("the file of seed {seed}"), a == b?, true)?;
+        same(&format!("the file of seed {seed} in a DAX window"), a == c?, true)?;
     }
     Ok(())
 }

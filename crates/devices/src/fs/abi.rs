@@ -67,6 +67,8 @@ pub mod op {
     pub const RENAME2: u32 = 45;
     pub const LSEEK: u32 = 46;
     pub const COPY_FILE_RANGE: u32 = 47;
+    pub const SETUPMAPPING: u32 = 48;
+    pub const REMOVEMAPPING: u32 = 49;
     pub const SYNCFS: u32 = 50;
     pub const TMPFILE: u32 = 51;
     pub const STATX: u32 = 52;
@@ -110,6 +112,8 @@ bitflags! {
         const CACHE_SYMLINKS = 1 << 23;
         /// OPENDIR may be answered with ENOSYS, and is not sent again.
         const NO_OPENDIR_SUPPORT = 1 << 24;
+        /// `map_alignment` of the reply counts.
+        const MAP_ALIGNMENT = 1 << 26;
         /// Mount points are announced.
         const SUBMOUNTS = 1 << 27;
         /// The server clears set-id bits when told.
@@ -118,6 +122,8 @@ bitflags! {
         const SETXATTR_EXT = 1 << 29;
         /// There is a second word of flags.
         const INIT_EXT = 1 << 30;
+        /// Attributes say which files are to be mapped.
+        const HAS_INODE_DAX = 1 << 33;
         /// Files opened with `FOPEN_DIRECT_IO` can be mapped shared.
         const DIRECT_IO_ALLOW_MMAP = 1 << 36;
         /// The guest may mount a part of the share once more with other owners (mount_setattr(2)): ids in requests
@@ -157,6 +163,10 @@ bitflags! {
     }
 }
 
+/// `flags` of attributes: the file is to be mapped, if INIT agreed on that.
+pub const ATTR_DAX: u32 = 2;
+/// `flags` of SETUPMAPPING: the guest may write there.
+pub const SETUPMAPPING_WRITE: u64 = 1;
 /// OPEN and CREATE reply: the page cache is bypassed.
 pub const FOPEN_DIRECT_IO: u32 = 1;
 /// OPEN reply: pages cached earlier stay.
@@ -258,6 +268,8 @@ pub struct Attr {
     pub rdev_major: u32,
     pub rdev_minor: u32,
     pub blksize: u32,
+    /// The file is to be mapped.
+    pub dax: bool,
 }
 
 impl Attr {
@@ -316,7 +328,7 @@ pub trait Put {
             a.gid,
             old_dev(a.rdev_major, a.rdev_minor),
             a.blksize,
-            0,
+            if a.dax { ATTR_DAX } else { 0 },
         ];
         for (chunk, v) in b[48..].chunks_exact_mut(4).zip(words) {
             chunk.copy_from_slice(&v.to_le_bytes());

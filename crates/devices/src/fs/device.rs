@@ -5,7 +5,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use krun_event::{Interest, Ready};
-use krun_virtio::{Chain, ConfigSpace, Cx, DeviceError, DeviceInfo, VirtioDevice};
+use krun_virtio::{Chain, ConfigSpace, Cx, DeviceError, DeviceInfo, SharedMemory, ShmRegion, VirtioDevice};
 
 use super::server::Server;
 use super::{ExitSink, FsError, FsSpec, TAG_MAX, setup};
@@ -13,6 +13,8 @@ use crate::sys::Timer;
 
 /// Virtio device id of a file system.
 const DEVICE_ID: u32 = 26;
+/// The shared memory region that files are mapped into (virtio 1.2, section 5.11.6.1).
+const WINDOW_ID: u8 = 0;
 /// FORGET and its like come here.
 const HIPRIO_SIZE: u16 = 128;
 /// Room for one request of 1 MiB in pages even without indirect descriptors.
@@ -24,6 +26,10 @@ const WAITING_MAX: usize = 64;
 /// How often a lock that is waited for is tried.
 const RETRY: Duration = Duration::from_millis(20);
 const RETRY_TOKEN: u64 = 0;
+/// Files in the window change, and how long it takes at least until that is looked at again.
+const CHANGES_TOKEN: u64 = 1;
+const PAUSE_TOKEN: u64 = 2;
+const PAUSE: Duration = Duration::from_millis(5);
 
 /// A file-system device.
 #[derive(Debug)]
@@ -36,6 +42,8 @@ pub struct Fs {
     retry: Option<Timer>,
     /// The timer is set.
     is_set: bool,
+    /// Ends a pause between looks at changes of files in the window, if there is one.
+    pause: Option<Timer>,
 }
 
 /// `struct virtio_fs_config`.
@@ -73,7 +81,8 @@ impl Fs {
         let retry = spec.share_locks.then(Timer::new).transpose().map_err(fail)?;
         let server = Server::new(share, spec.exit_code.map(ExitSink));
         let config = Arc::new(Config::new(&spec.tag));
-        Ok(Self { config, tag: spec.tag, server, waiting: Vec::new(), retry, is_set: false })
+        let pause = server.changes().map(|_| Timer::new()).transpose().map_err(fail)?;
+        Ok(Self { config, tag: spec.tag, server, waiting: Vec::new(), retry, is_set: false, pause })
     }
 
     /// The name by which the guest mounts it.
@@ -123,6 +132,25 @@ impl Fs {
         Ok(())
     }
 
+    /// Files in the window have changed, or a pause is over: a program of the host that writes all the time is not to
+    /// keep this thread busy.
+    fn follow_changes(&mut self, token: u64, cx: &Cx<'_>) -> Result<(), DeviceError> {
+        let Some(pause) = &self.pause else { return Ok(()) };
+        let Some(changes) = self.server.changes() else { return Ok(()) };
+        let done = if token == PAUSE_TOKEN {
+            pause.take();
+            cx.watch(&changes, CHANGES_TOKEN, Interest::Read)
+        } else {
+            pause.set(PAUSE).and_then(|()| cx.unwatch(&changes))
+        };
+        done.map_err(|source| self.failed("watching files", source))?;
+        if token == CHANGES_TOKEN {
+            self.attach()?;
+            self.server.follow_changes();
+        }
+        Ok(())
+    }
+
     fn failed(&self, what: &str, source: std::io::Error) -> DeviceError {
         DeviceError::Host { what: format!("{what} of share {:?}", self.tag), source }
     }
@@ -135,7 +163,12 @@ impl VirtioDevice for Fs {
             name: format!("fs {}", self.tag),
             features: 0,
             queue_sizes: vec![HIPRIO_SIZE, REQUEST_SIZE],
-            shm: Vec::new(),
+            shm: self
+                .server
+                .window()
+                .map(|dax| ShmRegion { id: WINDOW_ID, size: dax.size() })
+                .into_iter()
+                .collect(),
         }
     }
 
@@ -143,10 +176,21 @@ impl VirtioDevice for Fs {
         Arc::clone(&self.config) as Arc<dyn ConfigSpace>
     }
 
+    fn shared_memory(&self) -> Vec<(u8, Arc<dyn SharedMemory>)> {
+        let window = self.server.window().cloned();
+        window.map(|dax| (WINDOW_ID, dax as Arc<dyn SharedMemory>)).into_iter().collect()
+    }
+
     fn start(&mut self, cx: &mut Cx<'_>) -> Result<(), DeviceError> {
         if let Some(timer) = &self.retry {
             let watched = cx.watch(&timer.as_fd(), RETRY_TOKEN, Interest::Read);
             watched.map_err(|source| self.failed("watching the timer", source))?;
+        }
+        if let (Some(changes), Some(pause)) = (self.server.changes(), &self.pause) {
+            let watched = cx
+                .watch(&changes, CHANGES_TOKEN, Interest::Read)
+                .and_then(|()| cx.watch(&pause.as_fd(), PAUSE_TOKEN, Interest::Read));
+            watched.map_err(|source| self.failed("watching files", source))?;
         }
         self.attach()
     }
@@ -162,7 +206,10 @@ impl VirtioDevice for Fs {
         self.plan()
     }
 
-    fn on_event(&mut self, _ready: Ready, cx: &mut Cx<'_>) -> Result<(), DeviceError> {
+    fn on_event(&mut self, ready: Ready, cx: &mut Cx<'_>) -> Result<(), DeviceError> {
+        if ready.token != RETRY_TOKEN {
+            return self.follow_changes(ready.token, cx);
+        }
         if let Some(timer) = &self.retry {
             timer.take();
         }
@@ -193,7 +240,7 @@ mod fuzz {
     use krun_memory::VolatileSlice;
 
     use super::super::flat::{FlatSink, FlatSource};
-    use super::super::{CachePolicy, Content, FileData, Overlay};
+    use super::super::{CachePolicy, Content, DaxSpec, FileData, Overlay};
     use super::*;
 
     /// The servers, and the directory that one of them shares.
@@ -239,6 +286,11 @@ mod fuzz {
             FsSpec { share_locks: true, ..spec(directory.clone(), true, CachePolicy::NEVER, &overlays) },
             // Read by node, without OPEN.
             spec(directory.clone(), true, CachePolicy::ALWAYS, &overlays[..2]),
+            // With a window; what it may not change it does not.
+            FsSpec {
+                dax: Some(DaxSpec { size: 4 << 20, from: 0 }),
+                ..spec(directory.clone(), true, CachePolicy::AUTO, &[])
+            },
         ];
         let servers =
             all.iter().filter_map(|s| setup::share(s).ok()).map(|share| Server::new(share, None)).collect();

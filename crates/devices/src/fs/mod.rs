@@ -19,6 +19,7 @@
 
 mod abi;
 mod counts;
+mod dax;
 mod device;
 mod flat;
 mod handles;
@@ -31,6 +32,7 @@ mod request;
 mod server;
 mod setup;
 mod sys;
+mod watches;
 
 #[cfg(test)]
 mod tests;
@@ -40,6 +42,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
+pub use dax::{CHUNK as DAX_CHUNK, DaxSpec, WINDOW_MAX as DAX_WINDOW_MAX};
 pub use device::Fs;
 #[doc(hidden)]
 pub use device::fuzz_one;
@@ -120,8 +123,8 @@ pub struct FsSpec {
     pub overlays: Vec<Overlay>,
     /// Where the guest's exit status goes (ioctl 0x7602 of the guest's root user on any file of the share).
     pub exit_code: Option<Arc<ExitCode>>,
-    /// Bytes of a window for mapped files. Accepted; there is no window yet.
-    pub shm_size: Option<u64>,
+    /// A window into which the guest maps files.
+    pub dax: Option<DaxSpec>,
     /// How much the guest caches.
     pub cache: CachePolicy,
     /// Locks of the guest and of the host's programs exclude each other. A guest that waits for one cannot be

@@ -6,6 +6,7 @@ use std::ffi::CStr;
 use rustix::io::Errno;
 
 use super::abi::{self, Fattr, InHeader, NAME_MAX, PATH_MAX, Time, XATTR_MAX, op};
+use super::dax::Part;
 use super::sys::locks::Record;
 
 /// Largest request taken into memory, bulk data of WRITE aside: the biggest extended attribute, its
@@ -110,10 +111,26 @@ pub struct Forgets<'a>(&'a [u8]);
 impl Forgets<'_> {
     /// Node ids and how many lookups of each are given back.
     pub fn iter(&self) -> impl Iterator<Item = (u64, u64)> + '_ {
-        self.0.chunks_exact(16).filter_map(|pair| {
-            let mut pair = Body::new(pair);
-            Some((pair.u64().ok()?, pair.u64().ok()?))
-        })
+        pairs(self.0)
+    }
+}
+
+/// Pairs of long words.
+fn pairs(bytes: &[u8]) -> impl Iterator<Item = (u64, u64)> + '_ {
+    bytes.chunks_exact(16).filter_map(|pair| {
+        let mut pair = Body::new(pair);
+        Some((pair.u64().ok()?, pair.u64().ok()?))
+    })
+}
+
+/// The pairs of a REMOVEMAPPING.
+#[derive(Debug, Clone, Copy)]
+pub struct Places<'a>(&'a [u8]);
+
+impl Places<'_> {
+    /// Where in the window, and how many bytes.
+    pub fn iter(&self) -> impl Iterator<Item = (u64, u64)> + '_ {
+        pairs(self.0)
     }
 }
 
@@ -270,6 +287,8 @@ pub enum Request<'a> {
         off_out: u64,
         len: u64,
     },
+    SetupMapping(Part),
+    RemoveMapping(Places<'a>),
     SyncFs,
     /// Known or not, it is not served.
     Unserved,
@@ -348,6 +367,14 @@ impl<'a> Request<'a> {
                 let (_fh, _flags, cmd, arg) = (b.u64()?, b.u32()?, b.u32()?, b.u64()?);
                 Self::Ioctl { cmd, arg }
             }
+            op::SETUPMAPPING => {
+                let (_fh, offset, len, flags, at) = (b.u64()?, b.u64()?, b.u64()?, b.u64()?, b.u64()?);
+                Self::SetupMapping(Part { at, len, offset, writable: flags & abi::SETUPMAPPING_WRITE != 0 })
+            }
+            op::REMOVEMAPPING => {
+                let count = b.u32()?;
+                Self::RemoveMapping(Places(Self::list(b, count)?))
+            }
             op::STATFS => Self::StatFs,
             op::SYNCFS => Self::SyncFs,
             op::OPENDIR => Self::OpenDir,
@@ -406,8 +433,13 @@ impl<'a> Request<'a> {
 
     fn batch_forget(b: &mut Body<'a>) -> Parsed<Self> {
         let (count, _) = (b.u32()?, b.u32()?);
+        Ok(Self::BatchForget(Forgets(Self::list(b, count)?)))
+    }
+
+    /// So many pairs of long words.
+    fn list(b: &mut Body<'a>, count: u32) -> Parsed<&'a [u8]> {
         let len = usize::try_from(count).ok().and_then(|n| n.checked_mul(16)).ok_or(Errno::INVAL)?;
-        Ok(Self::BatchForget(Forgets(b.bytes(len)?)))
+        b.bytes(len)
     }
 
     fn set_attr(b: &mut Body<'a>) -> Parsed<Self> {

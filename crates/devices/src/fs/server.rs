@@ -1,5 +1,7 @@
 //! The conversation: a request in, a reply out.
 
+use std::os::fd::BorrowedFd;
+use std::sync::Arc;
 use std::time::Duration;
 
 use krun_virtio::DeviceError;
@@ -7,10 +9,11 @@ use rustix::io::Errno;
 
 use super::abi::{self, Attr, InHeader, InitFlags, OUT_HEADER, Put, Valid, op, out_header};
 use super::counts::Counts;
+use super::dax::Dax;
 use super::io::{Sink, Source};
 use super::passthrough::{Entry, New, Result, Share, Who};
 use super::request::{BODY_MAX, Request, WRITE_IN};
-use super::{DataCache, ExitSink};
+use super::{DataCache, ExitSink, dax};
 
 /// Largest WRITE and READ in pages of 4 KiB.
 const MAX_PAGES: u16 = 256;
@@ -66,6 +69,21 @@ impl Server {
     #[cfg(test)]
     pub fn share(&self) -> &Share {
         &self.share
+    }
+
+    /// The share's window.
+    pub fn window(&self) -> Option<&Arc<Dax>> {
+        self.share.window()
+    }
+
+    /// What is readable when a file in the window has changed; [`Server::follow_changes`] is due then.
+    pub fn changes(&self) -> Option<BorrowedFd<'_>> {
+        self.share.changes()
+    }
+
+    /// Files in the window have changed.
+    pub fn follow_changes(&mut self) {
+        self.share.follow_changes();
     }
 
     /// Prepares the calling thread.
@@ -225,6 +243,7 @@ impl Server {
             out.clear();
             out.resize(OUT_HEADER, 0);
             let r = me.dispatch(head, request, source, room, &mut out);
+            me.share.complete_mappings();
             // What an INIT of an older guest has no room for is cut off, as the protocol has it.
             if head.opcode == op::INIT {
                 out.truncate(room);
@@ -305,6 +324,8 @@ impl Server {
             }
             Request::RemoveXattr { name } => share.removexattr(node, name)?,
             Request::SyncFs => share.sync()?,
+            Request::SetupMapping(part) => share.map(node, part)?,
+            Request::RemoveMapping(places) => share.unmap(places.iter())?,
             Request::Ioctl { cmd, arg } => self.ioctl(cmd, arg, who, out)?,
             _ => self.on_files(node, request, source, room, who, out)?,
         }
@@ -353,6 +374,7 @@ impl Server {
             Request::Release { fh } | Request::ReleaseDir { fh } => share.release(fh)?,
             Request::Fsync { fh, data_only } | Request::FsyncDir { fh, data_only } => {
                 share.fsync(fh, data_only)?;
+                share.check_mapped(node)?;
             }
             Request::Flush { fh, owner } => {
                 share.drop_locks(node, owner);
@@ -423,11 +445,15 @@ impl Server {
             DataCache::WriteBack | DataCache::Always => {}
             _ => wanted |= InitFlags::AUTO_INVAL_DATA,
         }
+        if self.share.window().is_some() {
+            wanted |= InitFlags::MAP_ALIGNMENT | InitFlags::HAS_INODE_DAX;
+        }
         if self.share.shares_locks() {
             wanted |= InitFlags::POSIX_LOCKS | InitFlags::FLOCK_LOCKS;
         }
         let agreed = wanted & offered;
         self.share.set_write_back(agreed.contains(InitFlags::WRITEBACK_CACHE));
+        self.share.offer_mapping(agreed.contains(InitFlags::HAS_INODE_DAX));
         self.session = Session {
             ready: major == abi::MAJOR,
             setxattr_ext: agreed.contains(InitFlags::SETXATTR_EXT),
@@ -445,7 +471,7 @@ impl Server {
         // Time stamps to the nanosecond.
         out.u32(1);
         out.u16(MAX_PAGES);
-        out.u16(0);
+        out.u16(if agreed.contains(InitFlags::MAP_ALIGNMENT) { dax::ALIGNMENT } else { 0 });
         out.u32((agreed.bits() >> 32) as u32);
         out.raw(&[0; 28]);
         Ok(())

@@ -12,6 +12,7 @@ use rustix::io::Errno;
 use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
 
 use super::abi::Time;
+use super::dax::{CHUNK, Dax, DaxSpec, WINDOW_MAX};
 use super::inodes::Key;
 use super::limits::Limits;
 use super::overlay::{Content, Overlays, Parent};
@@ -63,6 +64,12 @@ pub enum FsError {
         what: String,
         /// The host's answer.
         source: std::io::Error,
+    },
+    /// A window of an impossible size.
+    #[error("a DAX window of {size} bytes: must be a multiple of 2 MiB, up to 16 GiB")]
+    Window {
+        /// Its size.
+        size: u64,
     },
     /// An overlay's path is empty, absolute, too long, or has `.` or `..` in it.
     #[error("overlay path {} must be relative, without \".\" and \"..\"", path.display())]
@@ -135,6 +142,11 @@ pub fn share(spec: &FsSpec) -> Result<Share, FsError> {
 /// See [`FsError`].
 pub fn share_with(spec: &FsSpec, limits: Limits) -> Result<Share, FsError> {
     check_tag(&spec.tag)?;
+    if let Some(DaxSpec { size, .. }) = spec.dax
+        && (size == 0 || size % CHUNK != 0 || size > WINDOW_MAX)
+    {
+        return Err(FsError::Window { size });
+    }
     let root = spec.source.as_deref().map(open_source).transpose()?;
     let fds = open_fds()?;
     let born = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default();
@@ -149,6 +161,13 @@ pub fn share_with(spec: &FsSpec, limits: Limits) -> Result<Share, FsError> {
         .map_err(|e| FsError::Host { what: format!("{:?}", spec.tag), source: e.into() })?;
     if spec.share_locks {
         share.share_locks();
+    }
+    if let Some(dax) = spec.dax {
+        let window = Dax::new(dax).map_err(|e| FsError::Host {
+            what: format!("{:?} with a DAX window of {} MiB", spec.tag, dax.size >> 20),
+            source: std::io::Error::other(e),
+        })?;
+        share.set_window(Arc::new(window));
     }
     Ok(share)
 }

@@ -16,6 +16,7 @@ mod attr;
 mod dir;
 mod file;
 mod locks;
+mod mapped;
 mod names;
 mod pseudo;
 mod stat;
@@ -35,12 +36,15 @@ use rustix::io::Errno;
 use super::abi::{
     Attr, FOPEN_DIRECT_IO, FOPEN_KEEP_CACHE, FOPEN_NOFLUSH, FOPEN_PARALLEL_DIRECT_WRITES, Valid,
 };
+use super::dax::Dax;
 use super::handles::{Handle, Handles};
 use super::inodes::{HostNode, Identity, Inodes, Node, What};
 use super::limits::Limits;
 use super::overlay::{Content, Overlays, Parent};
 use super::sys::{Caller, FdName};
+use super::watches::Watches;
 use super::{CachePolicy, DataCache};
+use mapped::Coherence;
 pub use names::New;
 pub use stat::Stat;
 use unopened::Reads;
@@ -102,6 +106,11 @@ pub struct Share {
     lock_free: bool,
     /// The guest writes back from its page cache.
     write_back: bool,
+    dax: Option<Arc<Dax>>,
+    /// Changes to what is mapped.
+    watches: Option<Watches>,
+    /// The guest is told which files are to be mapped.
+    offers_dax: bool,
     reads: Reads,
     devices: HashMap<(u32, u32), Device>,
     /// Mounts whose files are but files.
@@ -118,6 +127,7 @@ struct Device {
     births: bool,
     /// Closing a file may tell of an error of writing; on a disk of this machine it does not.
     close_tells: bool,
+    coherence: Coherence,
 }
 
 impl Device {
@@ -129,8 +139,15 @@ impl Device {
         const REMOTE: [u32; 7] =
             [0x6969, 0xff53_4d42, 0xfe53_4d42, 0x517b, 0x00c3_6400, 0x5346_414f, 0x7375_7245];
         match rustix::fs::fstatfs(fd).map(|s| s.f_type as u32) {
-            Ok(FUSE) | Err(_) => Self { number: 0, births: false, close_tells: true },
-            Ok(kind) => Self { number: 0, births: kind != OVERLAYFS, close_tells: REMOTE.contains(&kind) },
+            Ok(FUSE) | Err(_) => {
+                Self { number: 0, births: false, close_tells: true, coherence: Coherence::Unknown }
+            }
+            Ok(kind) => Self {
+                number: 0,
+                births: kind != OVERLAYFS,
+                close_tells: REMOTE.contains(&kind),
+                coherence: Coherence::of(kind),
+            },
         }
     }
 }
@@ -204,6 +221,9 @@ impl Share {
             owners: locks::Owners::new(),
             lock_free: false,
             write_back: false,
+            dax: None,
+            watches: None,
+            offers_dax: false,
             reads: Reads::default(),
             devices,
             plain: HashSet::new(),
@@ -231,6 +251,13 @@ impl Share {
         self.reads.clear();
         self.inodes.clear();
         self.write_back = false;
+        self.offers_dax = false;
+        if let Some(dax) = &self.dax {
+            dax.clear();
+        }
+        if let Some(watches) = &mut self.watches {
+            watches.keep(|_| false);
+        }
     }
 
     /// The guest's kernel keeps what is written, and writes it back in its own time.
@@ -504,11 +531,13 @@ impl Share {
     /// Attributes as the guest sees them: inode numbers of other file systems carry the device in their
     /// upper bits, for the guest sees one device.
     fn attr_of(&self, st: &Stat) -> Attr {
-        let device = self.devices.get(&st.id.key.dev).map_or(0, |d| d.number);
+        let known = self.devices.get(&st.id.key.dev);
+        let device = known.map_or(0, |d| d.number);
+        let coherence = known.map_or(Coherence::Unknown, |d| d.coherence);
         let ino = st.id.key.ino;
         let ino =
             if device == 0 { ino } else { (device & 0x3fff) << 48 | (ino ^ ino >> 48) & ((1 << 48) - 1) };
-        Attr { ino, ..st.attr }
+        Attr { ino, dax: self.is_to_be_mapped(&st.attr, coherence), ..st.attr }
     }
 
     /// How long the guest may believe attributes. Those of a set-id file not at all: a write of somebody

@@ -72,6 +72,7 @@ impl Stat {
                 rdev_major: s.stx_rdev_major,
                 rdev_minor: s.stx_rdev_minor,
                 blksize: s.stx_blksize,
+                dax: false,
             },
         }
     }

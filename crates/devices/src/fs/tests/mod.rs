@@ -4,6 +4,7 @@ mod client;
 mod confine;
 mod kernel;
 mod locks;
+mod mapped;
 mod mounts;
 mod ops;
 mod overlays;
