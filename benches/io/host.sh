@@ -1,4 +1,4 @@
-# The host half of `cargo xtask bench io`: sh host.sh krun|qemu PART. Runs a guest and prints its figures.
+# The host half of `cargo xtask bench io`: sh host.sh krun|krun_dax|qemu PART. Runs a guest and prints its figures.
 # KRUN, BUNDLE, KERNEL, ROOT, VIRTIOFSD: the command, the library with the kernel, the same kernel as a file,
 # the guest's root, QEMU's server of shares. All files lie in memory, so that devices are what is compared.
 set -eu
@@ -44,7 +44,13 @@ krun() {
     set --
     ! has_sockets || for port in 5001 5002 5003; do set -- "$@" --vsock "$port:$work/$port"; done
     "$KRUN" run --accel kvm --kernel "$BUNDLE" --memory 512M --root "$ROOT" --disk "$work/disk" \
-        --volume "$work/share:/mnt" "$@" -- sh /mnt/guest "$part" /mnt
+        --volume "$work/share:/mnt${options:-}" "$@" -- sh /mnt/guest "$part" /mnt
+}
+
+# With a DAX window for the share.
+krun_dax() {
+    options=:dax=256M
+    krun
 }
 
 qemu() {

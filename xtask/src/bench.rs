@@ -51,17 +51,27 @@ fn variants(
     words
 }
 
+/// What krun is called when its share has a DAX window.
+const DAX: &str = "krun, DAX";
+
 /// A row for each figure, with krun's beside QEMU's and so many decimals.
 fn table(text: &str, decimals: usize) -> String {
     let rows: Vec<Vec<&str>> = text.lines().map(|l| l.split('\t').collect()).collect();
-    let mut table = "| what | unit | krun | QEMU | krun to QEMU |\n|---|---|---|---|---|\n".to_owned();
+    let labels: Vec<_> =
+        ["krun", DAX].into_iter().filter(|l| rows.iter().any(|row| row.first() == Some(l))).collect();
+    let ratios: Vec<_> = labels.iter().map(|label| format!("{label} to QEMU")).collect();
+    let mut table = format!("| what | unit | {} | QEMU | {} |\n", labels.join(" | "), ratios.join(" | "));
+    table += &format!("|---|---|{}\n", "---|".repeat(2 * labels.len() + 1));
     for row in &rows {
-        let ["krun", name, ours, unit] = row[..] else { continue };
-        let peer = rows.iter().find(|r| r.len() == 4 && r[0] == "QEMU" && r[1] == name).map(|r| r[2]);
-        let number = |text: &str| text.parse::<f64>().unwrap_or(f64::NAN);
-        let (ours, peer) = (number(ours), peer.map_or(f64::NAN, number));
-        table +=
-            &format!("| {name} | {unit} | {ours:.decimals$} | {peer:.decimals$} | {:.2} |\n", ours / peer);
+        let ["krun", name, _, unit] = row[..] else { continue };
+        let figure = |label: &str| {
+            let row = rows.iter().find(|r| r.len() == 4 && r[0] == label && r[1] == name);
+            row.and_then(|r| r[2].parse::<f64>().ok()).unwrap_or(f64::NAN)
+        };
+        let (peer, ours) = (figure("QEMU"), labels.iter().map(|label| figure(label)));
+        let cells = ours.clone().chain([peer]).map(|n| format!("{n:.decimals$}"));
+        let cells: Vec<_> = cells.chain(ours.map(|n| format!("{:.2}", n / peer))).collect();
+        table += &format!("| {name} | {unit} | {} |\n", cells.join(" | "));
     }
     table
 }
@@ -76,6 +86,14 @@ mod tests {
         let table = table(text, 0);
         let rows: Vec<&str> = table.lines().skip(2).collect();
         assert_eq!(rows, ["| a | 1/s | 10 | 5 | 2.00 |", "| b | 1/s | 3 | NaN | NaN |"]);
+    }
+
+    #[test]
+    fn a_window_has_a_column_where_it_was_measured() {
+        let table = table("krun\ta\t10\t1/s\nkrun, DAX\ta\t20\t1/s\nQEMU\ta\t5\t1/s\n", 0);
+        let wanted = "| what | unit | krun | krun, DAX | QEMU | krun to QEMU | krun, DAX to QEMU |\n\
+            |---|---|---|---|---|---|---|\n| a | 1/s | 10 | 20 | 5 | 2.00 | 4.00 |\n";
+        assert_eq!(table, wanted);
     }
 
     #[test]

@@ -3,7 +3,7 @@
 use std::ffi::OsString;
 use std::path::Path;
 
-use super::{absolute, table, variants};
+use super::{DAX, absolute, table, variants};
 use crate::emulated::Lab;
 use crate::{kernel, packages, peers, rootfs, test};
 
@@ -17,6 +17,9 @@ const PARTS: [(&str, &str); 5] = [
     ("sockets", "vsock: a Unix socket here, the host's own vsock there"),
     ("interrupts", "What a thousand small requests cost: less is better"),
 ];
+
+/// Those in which krun also runs with a DAX window.
+const WITH_DAX: [&str; 2] = ["stream", "tree"];
 
 /// Builds all, runs the named parts, or all, and prints the tables.
 ///
@@ -44,7 +47,11 @@ pub fn run(rounds: &str, names: &[String]) -> Result<(), String> {
     let wanted = |part: &str| names.is_empty() || names.iter().any(|name| name == part);
     for (part, title) in PARTS.into_iter().filter(|(part, _)| wanted(part)) {
         let mut words: Vec<OsString> = vec![bench.clone().into(), "figures".into(), rounds.into()];
-        words.extend(variants(&env, &[("krun", "krun"), ("QEMU", "qemu")], |vmm| {
+        let mut labels = vec![("krun", "krun"), ("QEMU", "qemu")];
+        if WITH_DAX.contains(&part) {
+            labels.insert(1, (DAX, "krun_dax"));
+        }
+        words.extend(variants(&env, &labels, |vmm| {
             vec!["sh".into(), script.clone().into(), vmm.into(), part.into()]
         }));
         let (status, text) = lab.capture(&words, &[], std::slice::from_ref(&root))?;
