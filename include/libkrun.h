@@ -120,8 +120,9 @@ int32_t krun_set_root(uint32_t ctx_id, const char *root_path);
 
 /* A host directory as a virtio-fs share under `tag` (1 to 36 bytes). The tag KRUN_FS_ROOT_TAG makes it
  * the root. `shm_size` is the size of a DAX window, into which the guest maps files of 1 MiB or more instead of
- * keeping copies of them; it is rounded up to 2 MiB, and 16 GiB are the most (32 GiB for all shares of a VM). With 0
- * there is none. The guest keeps 1/64 of the size in its own memory for it. Files on overlayfs, 9p, FUSE and network
+ * keeping copies of them; it is rounded up to 2 MiB, and 16 GiB are the most. All
+ * shares of a VM have 32 GiB or eight times its memory, whichever is less; later ones are made smaller or left out
+ * when it starts. With 0 there is none. The guest keeps 1/64 of the size in its own memory for it. Files on overlayfs, 9p, FUSE and network
  * file systems are not mapped. Where the host makes a mapped file shorter, the guest finds zeroes. */
 int32_t krun_add_virtiofs(uint32_t ctx_id, const char *tag, const char *path);
 int32_t krun_add_virtiofs2(uint32_t ctx_id, const char *tag, const char *path, uint64_t shm_size);

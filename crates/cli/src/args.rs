@@ -89,7 +89,7 @@ pub struct Run {
     pub read_only: bool,
 
     /// A window of this size into which the guest maps large files of the root, as with `dax=` of a volume.
-    #[arg(long, value_name = "SIZE", requires = "root", value_parser = memory)]
+    #[arg(long, value_name = "SIZE", requires = "root", value_parser = size)]
     pub root_dax: Option<u64>,
 
     /// Share a host directory at a path of the guest, `:ro` if the guest may not change it. `:cache=always` if
@@ -255,8 +255,8 @@ fn volume(text: &OsStr) -> Result<Volume, String> {
             word if word.starts_with(b"cache=") => {
                 return Err("cache= is never, auto, always or writeback".into());
             }
-            word if word.starts_with(b"dax=") => window = Some(size(&word[4..])?),
-            word if word.starts_with(b"dax-from=") => from = Some(size(&word[9..])?),
+            word if word.starts_with(b"dax=") => window = Some(size_of(&word[4..])?),
+            word if word.starts_with(b"dax-from=") => from = Some(size_of(&word[9..])?),
             guest => break (&bytes[..at], guest),
         }
         bytes = &bytes[..at];
@@ -276,9 +276,13 @@ fn volume(text: &OsStr) -> Result<Volume, String> {
 }
 
 /// A size in MiB, or with a suffix, in bytes.
-fn size(text: &[u8]) -> Result<u64, String> {
-    let mib = memory(std::str::from_utf8(text).unwrap_or_default()).map_err(|e| format!("dax: {e}"))?;
-    mib.checked_mul(1 << 20).ok_or_else(|| "dax: more than a number can hold".to_owned())
+fn size(text: &str) -> Result<u64, String> {
+    memory(text)?.checked_mul(1 << 20).ok_or_else(|| "more than a number can hold".to_owned())
+}
+
+/// The same of an option.
+fn size_of(text: &[u8]) -> Result<u64, String> {
+    size(std::str::from_utf8(text).unwrap_or_default()).map_err(|e| format!("dax: {e}"))
 }
 
 fn vsock(text: &OsStr) -> Result<krun::VsockPort, String> {
@@ -356,6 +360,8 @@ mod tests {
         let dax = |text: &str| volume(OsStr::new(text)).unwrap().dax;
         assert_eq!(dax("a:/c:dax=512M:ro"), Some(krun::Dax { window: 512 << 20, from: 1 << 20 }));
         assert_eq!(dax("a:/c:dax-from=0:dax=1g"), Some(krun::Dax { window: 1 << 30, from: 0 }));
+        assert_eq!((size("512"), size("1g")), (Ok(512 << 20), Ok(1 << 30)));
+        assert!(size("17592186044416").is_err(), "2^44 MiB");
         let bad = ["/a", ":/b", "/a:b", "/a:", "/a:ro", "/a:/b:cache=some", "/a:/b:cache=", "ro"];
         for bad in bad.into_iter().chain(["a:/b:dax=", "a:/b:dax=x", "a:/b:dax-from=1", "a:/b:dax=99999999T"])
         {

@@ -139,7 +139,7 @@ pub fn check(args: &Run) -> Result<(), String> {
 }
 
 fn shares(args: &Run) -> Result<Vec<Share>, String> {
-    let dax = args.root_dax.map(|mib| krun::Dax::new(mib << 20));
+    let dax = args.root_dax.map(krun::Dax::new);
     let root = args.root.as_ref().map(|root| Share { read_only: args.read_only, dax, ..Share::root(root) });
     let mut shares: Vec<_> = root.into_iter().collect();
     for (n, volume) in args.volumes.iter().enumerate() {

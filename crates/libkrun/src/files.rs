@@ -96,6 +96,29 @@ fn window(shm_size: u64) -> Option<Dax> {
     (size > 0).then(|| Dax::new(size))
 }
 
+/// Makes windows smaller, or leaves them out, where they are too large together: for one guest, or for its memory, of which
+/// its kernel takes 1/64 of their size. Callers chose sizes when they meant nothing, and their guests are to start.
+pub fn fit_windows(shares: &mut [Share], memory_mib: u32) {
+    // At most an eighth of the guest's memory.
+    let memory = u64::from(memory_mib) << 20;
+    let mut left = Dax::MAX_TOTAL.min(memory * 8);
+    for share in shares {
+        let Some(asked) = share.dax else { continue };
+        let window = asked.window.min(left / Dax::STEP * Dax::STEP);
+        left -= window;
+        if window < asked.window {
+            let (asked, window) = (asked.window >> 20, window >> 20);
+            tracing::warn!(
+                tag = share.tag,
+                asked,
+                window,
+                "a DAX window (MiB) is made smaller; with 0 there is none"
+            );
+        }
+        share.dax = (window > 0).then_some(Dax { window, ..asked });
+    }
+}
+
 /// Checks that the parent of `path` is there: a directory of the host or one added before.
 fn check_parent(share: &Share, path: &Path) -> Answer<()> {
     if path.as_os_str().is_empty() || !path.components().all(|c| matches!(c, Component::Normal(_))) {

@@ -77,6 +77,7 @@ fn config(context: &mut Context) -> Answer<api::VmConfig> {
     };
     let (disks, root_disk) = context.disks.take(context.has_root());
     let defaults = api::VmConfig::default();
+    crate::files::fit_windows(&mut context.shares, context.memory_mib.unwrap_or(defaults.memory_mib));
     Ok(api::VmConfig {
         vcpus: context.vcpus.unwrap_or(defaults.vcpus),
         memory_mib: context.memory_mib.unwrap_or(defaults.memory_mib),

@@ -119,6 +119,28 @@ fn the_root_may_be_set_after_what_is_put_into_it() {
 }
 
 #[test]
+fn windows_fit_into_a_guest() {
+    const G: u64 = 1 << 30;
+    let windows = |memory_mib: u32, sizes: &[u64]| {
+        let ctx = context();
+        let path = c("/tmp");
+        for (n, size) in sizes.iter().enumerate() {
+            // SAFETY: the strings live to the end of the call.
+            let done = unsafe { krun_add_virtiofs2(ctx, c(&format!("t{n}")).as_ptr(), path.as_ptr(), *size) };
+            assert_eq!(done, 0);
+        }
+        let mut context = remove(ctx).unwrap();
+        fit_windows(&mut context.shares, memory_mib);
+        context.shares.iter().map(|s| s.dax.map_or(0, |dax| dax.window)).collect::<Vec<_>>()
+    };
+    assert_eq!(windows(4096, &[16 * G, 0, 1]), [16 * G, 0, 2 << 20]);
+    assert_eq!(windows(8192, &[20 * G, u64::MAX, G]), [16 * G, 16 * G, 0]);
+    assert_eq!(windows(256, &[G, 16 * G, G]), [G, G, 0]);
+    assert_eq!(windows(0, &[G]), [0]);
+    assert_eq!(windows(u32::MAX, &[G]), [G]);
+}
+
+#[test]
 fn disks_are_told_apart_and_there_is_one_root() {
     let ctx = context();
     let (id, other, path) = (c("a"), c("b"), c("/tmp/disk"));

@@ -4,7 +4,7 @@
 //! there and has it written elsewhere, past the caches. What a window shows may go away at any time, and a device that
 //! touched it then would end this process; nor may it be handed to calls that a device makes, for whose failure it would
 //! answer. So a queue lends the device memory of its own in place of such a buffer: filled when the chain is taken, and
-//! copied back when it is completed. What is not there reads as zeroes, and what is written to it is lost: so it is for
+//! copied back, as far as the device wrote to it, when it is completed. What is not there reads as zeroes, and what is written to it is lost: so it is for
 //! the guest's processors too.
 
 use std::collections::BTreeMap;
@@ -46,7 +46,7 @@ pub struct Bounce {
     memory: Memfd,
     /// What is not lent: offset and length.
     free: Mutex<BTreeMap<u64, u64>>,
-    /// How often something was given back.
+    /// How often something came back that a device had.
     returns: AtomicU64,
 }
 
@@ -61,7 +61,9 @@ pub(crate) struct Loan {
     /// Where in the memory it is for now, and how much was taken there.
     place: u64,
     taken: u64,
-    writable: bool,
+    pub(crate) writable: bool,
+    /// A device has it.
+    handed: bool,
 }
 
 /// Why no buffer was lent.
@@ -104,8 +106,8 @@ impl Bounce {
         let (window, at) = self.windows.find(at, len).ok_or(Refusal::NoWindow)?;
         let taken = u64::from(len).next_multiple_of(Self::PAGE);
         let place = self.take(taken).ok_or(Refusal::NoRoom)?;
-        let loan = Loan { bounce: Arc::clone(self), window, at, len, place, taken, writable };
-        // One that is to be written is filled as well: all of it is copied back, also what the device left alone.
+        let loan = Loan { bounce: Arc::clone(self), window, at, len, place, taken, writable, handed: false };
+        // One that is to be written is filled as well: a device that fails halfway may say that it wrote all of it.
         let range = at..at + len as usize;
         match self.windows.0[window].1.copy_to_file(range, self.memory.file(), place) {
             Ok(true) => {}
@@ -123,7 +125,8 @@ impl Bounce {
         self.free().values().sum::<u64>() < Self::SIZE
     }
 
-    /// A number that is another one once something was given back.
+    /// A number that is another one once something came back that a device had. What is given back because the rest of
+    /// its chain finds no room does not count: two queues that wait would wake each other without an end.
     pub(crate) fn returns(&self) -> u64 {
         self.returns.load(Ordering::Acquire)
     }
@@ -142,7 +145,7 @@ impl Bounce {
         Some(at)
     }
 
-    fn give(&self, at: u64, len: u64) {
+    fn give(&self, at: u64, len: u64, counts: bool) {
         let mut free = self.free();
         let (mut at, mut len) = (at, len);
         if let Some((&before, &room)) = free.range(..at).next_back()
@@ -157,7 +160,7 @@ impl Bounce {
         free.insert(at, len);
         let all = len == Self::SIZE;
         drop(free);
-        self.returns.fetch_add(1, Ordering::AcqRel);
+        self.returns.fetch_add(u64::from(counts), Ordering::AcqRel);
         if all {
             self.release();
         }
@@ -178,12 +181,19 @@ impl Loan {
         Bounce::BASE + self.place
     }
 
-    /// The device is done: copies back what it may have written.
-    pub(crate) fn settle(&self) {
-        if !self.writable {
+    /// A device gets it.
+    pub(crate) fn hand_out(&mut self) {
+        self.handed = true;
+    }
+
+    /// The device is done: copies back the `written` bytes that it wrote. What follows is left alone, for somebody else
+    /// may have written there meanwhile.
+    pub(crate) fn settle(&self, written: u32) {
+        let written = written.min(self.len) as usize;
+        if !self.writable || written == 0 {
             return;
         }
-        let range = self.at..self.at + self.len as usize;
+        let range = self.at..self.at + written;
         match self.bounce.windows.0[self.window].1.copy_from_file(
             range,
             self.bounce.memory.file(),
@@ -198,7 +208,7 @@ impl Loan {
 
 impl Drop for Loan {
     fn drop(&mut self) {
-        self.bounce.give(self.place, self.taken);
+        self.bounce.give(self.place, self.taken, self.handed);
     }
 }
 
@@ -232,6 +242,10 @@ mod tests {
         let mut all: Vec<_> = (0..64).map(|_| b.lend(AT, 1 << 20, false).unwrap()).collect();
         assert_eq!(b.lend(AT, 1, false).err(), Some(Refusal::NoRoom));
         let returns = b.returns();
+        all.truncate(63);
+        all.push(b.lend(AT, 1 << 20, false).unwrap());
+        assert_eq!(b.returns(), returns, "no device had it");
+        all.iter_mut().for_each(Loan::hand_out);
         // Odd ones first, so that neighbours join on both sides.
         for n in (0..64).rev().filter(|n| n % 2 == 1) {
             all.remove(n);

@@ -58,13 +58,24 @@ impl Chain {
         self.loans.push(loan);
     }
 
-    /// The device is done with the chain: what was lent for it is copied to where it belongs, and given back. True if
-    /// there was something.
-    pub(crate) fn settle(&mut self) -> bool {
-        self.loans.iter().for_each(Loan::settle);
-        let any = !self.loans.is_empty();
+    /// A device gets the chain.
+    pub(crate) fn hand_out(&mut self) {
+        self.loans.iter_mut().for_each(Loan::hand_out);
+    }
+
+    /// The device is done with the chain, in whose writable part it stored `written` bytes: as much of what was lent for
+    /// it is copied to where it belongs, and all of it given back.
+    pub(crate) fn settle(&mut self, written: u32) {
+        let mut left = written;
+        // They are in the order of the ranges.
+        let mut loans = self.loans.iter().filter(|loan| loan.writable).peekable();
+        for (at, len) in self.writable() {
+            if let Some(loan) = loans.next_if(|loan| loan.address() == at.0) {
+                loan.settle(left);
+            }
+            left = left.saturating_sub(*len);
+        }
         self.loans.clear();
-        any
     }
 
     /// The part that the driver wrote for the device.

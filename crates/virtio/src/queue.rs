@@ -329,10 +329,11 @@ impl Queue {
             return Ok(None);
         }
         let head = ring.avail_head(memory, self.state.next_avail)?;
-        let chain = match self.walk(ring, memory, head) {
+        let mut chain = match self.walk(ring, memory, head) {
             Err(QueueError::Windows { .. }) if self.hold() => return Ok(None),
             walked => walked?,
         };
+        chain.hand_out();
         self.state.next_avail = self.state.next_avail.wrapping_add(1);
         Ok(Some(chain))
     }
@@ -396,7 +397,7 @@ impl Queue {
                 return Err(QueueError::NotTaken { head });
             };
             debug_assert!(written <= room, "{written} bytes stored in {room}");
-            chain.settle();
+            chain.settle(written);
             ring.put_used(memory, next, head, written.min(room))?;
             next = next.wrapping_add(1);
         }

@@ -61,6 +61,15 @@ struct Shown {
     writable: bool,
     /// The file was found to end here, in bytes from the start of the piece; zeroed memory follows.
     end: Option<usize>,
+    /// Only some of the pages from there on are zeroed memory, others still show the file.
+    has_holes: bool,
+}
+
+impl Shown {
+    /// From here on nothing of the file is shown.
+    fn reach(&self) -> usize {
+        self.end.filter(|_| !self.has_holes).unwrap_or(CHUNK_BYTES)
+    }
 }
 
 /// A piece of a file of which the end is missing.
@@ -70,7 +79,7 @@ pub struct Lacking {
     pub part: Part,
     /// Whose it is.
     pub node: u64,
-    /// So many bytes of it are there.
+    /// So many bytes of it are there at least.
     pub there: u64,
 }
 
@@ -123,20 +132,28 @@ impl Dax {
         Ok((at as usize, len as usize, (at / CHUNK) as usize..(end / CHUNK) as usize))
     }
 
+    /// As [`Dax::pieces`], for a part that a file can have.
+    ///
+    /// # Errors
+    /// EINVAL: there is no such place, in the window or in any file.
+    pub fn check(&self, part: Part) -> Result<(usize, usize, Range<usize>), Errno> {
+        let in_file = part.offset.checked_add(part.len).is_some_and(|end| i64::try_from(end).is_ok());
+        if !in_file || !part.offset.is_multiple_of(CHUNK) {
+            return Err(Errno::INVAL);
+        }
+        self.pieces(part.at, part.len)
+    }
+
     /// Shows a part of `file`, which is that of `node`.
     ///
     /// # Errors
     /// EINVAL: no such place, in the window or in any file; or the host's reason.
     pub fn show(&self, node: u64, file: BorrowedFd<'_>, part: Part) -> Result<(), Errno> {
-        let (at, len, pieces) = self.pieces(part.at, part.len)?;
-        let in_file = part.offset.checked_add(part.len).is_some_and(|end| i64::try_from(end).is_ok());
-        if !in_file || !part.offset.is_multiple_of(CHUNK) {
-            return Err(Errno::INVAL);
-        }
+        let (at, len, pieces) = self.check(part)?;
         let mut shown = self.shown();
         self.window.show(at, len, file, part.offset, part.writable).map_err(errno)?;
         for (piece, offset) in pieces.zip((part.offset..).step_by(CHUNK_BYTES)) {
-            shown.insert(piece, Shown { node, offset, writable: part.writable, end: None });
+            shown.insert(piece, Shown { node, offset, writable: part.writable, end: None, has_holes: false });
         }
         self.note(&shown);
         Ok(())
@@ -156,17 +173,19 @@ impl Dax {
     }
 
     /// Shows nothing any more.
-    pub fn clear(&self) {
+    ///
+    /// # Errors
+    /// The host's reason; what was shown still is, then.
+    pub fn clear(&self) -> Result<(), Errno> {
         let mut shown = self.shown();
         if shown.is_empty() {
-            return;
+            return Ok(());
         }
-        if let Err(error) = self.window.blank(0, self.window.size()) {
-            tracing::warn!(%error, "a DAX window cannot be emptied");
-        }
+        self.lost.lock().unwrap_or_else(PoisonError::into_inner).clear();
+        self.window.blank(0, self.window.size()).map_err(errno)?;
         shown.clear();
         self.note(&shown);
-        self.lost.lock().unwrap_or_else(PoisonError::into_inner).clear();
+        Ok(())
     }
 
     fn note(&self, shown: &BTreeMap<usize, Shown>) {
@@ -202,9 +221,9 @@ impl Dax {
         let mut shown = self.shown();
         for (piece, s) in shown.iter_mut().filter(|(_, s)| s.node == node) {
             let there = pages(size.saturating_sub(s.offset)) as usize;
-            let end = s.end.unwrap_or(CHUNK_BYTES);
-            if there < end {
-                self.replace(*piece, s, there / PAGE..end / PAGE);
+            let pages = there / PAGE..s.reach() / PAGE;
+            if !pages.is_empty() && self.replace(*piece, s, pages) && s.end == Some(there) {
+                s.has_holes = false;
             }
         }
         self.note(&shown);
@@ -265,7 +284,7 @@ impl Dax {
 
     /// Replaces the end of a piece if it is gone.
     fn mend_end(&self, piece: usize, s: &mut Shown) -> bool {
-        let end = s.end.unwrap_or(CHUNK_BYTES) / PAGE;
+        let end = s.reach() / PAGE;
         if end == 0 || self.is_there(piece, end - 1) {
             return false;
         }
@@ -291,8 +310,9 @@ impl Dax {
                 _ => {}
             }
         }
+        s.has_holes |= any;
         if any && s.writable {
-            self.lost.lock().unwrap_or_else(PoisonError::into_inner).insert(s.node);
+            self.lose(s.node);
         }
         any
     }
@@ -314,6 +334,11 @@ impl Dax {
             tracing::warn!(%error, "what was there cannot be kept");
         }
         true
+    }
+
+    /// What the guest writes to `node` may not reach the file.
+    pub fn lose(&self, node: u64) {
+        self.lost.lock().unwrap_or_else(PoisonError::into_inner).insert(node);
     }
 
     /// Whether something that the guest has written to `node` did not reach the file since this was asked last.
@@ -397,7 +422,7 @@ mod tests {
         }
         assert!(dax.lacking().is_empty() && !dax.mend());
         assert_eq!(seen(&dax)[2], [b'x', b'y', 0]);
-        dax.clear();
+        dax.clear().unwrap();
         assert_eq!((dax.count(), seen(&dax)), (0, vec![[0; 3]; 4]));
     }
 
@@ -433,6 +458,13 @@ mod tests {
             let mut byte = [9];
             copy.file().read_exact_at(&mut byte, page * PAGE as u64).unwrap();
             assert_eq!(byte[0], wanted, "page {page}");
+        }
+        // What follows the first of them goes with the file's end.
+        for (pages, there) in [(4, 1), (1, 1), (0, 0)] {
+            f.set_len(pages * PAGE as u64).unwrap();
+            dax.cut(7, pages * PAGE as u64);
+            assert!((0..512).all(|page| dax.is_there(0, page)), "{pages} pages");
+            assert_eq!(dax.lacking()[0].there, there * PAGE as u64);
         }
         drop((dax, f, full));
         let _ = std::process::Command::new("umount").arg("-l").arg(dir.path()).status();

@@ -221,6 +221,10 @@ impl VirtioDevice for Fs {
 
     fn stop(&mut self) {
         self.waiting.clear();
+        // The next session watches all from its start: no pause is to end there.
+        if let Some(pause) = &self.pause {
+            pause.disarm();
+        }
         tracing::debug!(tag = self.tag, "{}", self.server.take_counts());
         self.server.reset();
     }

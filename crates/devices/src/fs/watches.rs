@@ -5,7 +5,7 @@ use std::collections::HashMap;
 use std::mem::MaybeUninit;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 
-use rustix::fs::inotify::{CreateFlags, Reader, WatchFlags, add_watch, init, remove_watch};
+use rustix::fs::inotify::{CreateFlags, ReadFlags, Reader, WatchFlags, add_watch, init, remove_watch};
 use rustix::io::Errno;
 
 use super::sys::FdName;
@@ -15,7 +15,8 @@ use super::sys::FdName;
 pub struct Watches {
     fd: OwnedFd,
     by_node: HashMap<u64, i32>,
-    by_watch: HashMap<i32, u64>,
+    /// A file has one watch, and a node for each mount that it is found below.
+    by_watch: HashMap<i32, Vec<u64>>,
     /// Each file that was to be watched is.
     is_complete: bool,
 }
@@ -44,7 +45,7 @@ impl Watches {
         match add_watch(&self.fd, &*path, WatchFlags::MODIFY) {
             Ok(watch) => {
                 self.by_node.insert(node, watch);
-                self.by_watch.insert(watch, node);
+                self.by_watch.entry(watch).or_default().push(node);
             }
             Err(e) => {
                 self.is_complete = false;
@@ -59,12 +60,22 @@ impl Watches {
         by_node.retain(|node, watch| {
             let wanted = is_wanted(*node);
             if !wanted {
-                by_watch.remove(watch);
-                // It may have gone with its file.
-                let _ = remove_watch(&*fd, *watch);
+                let nodes = by_watch.entry(*watch).or_default();
+                nodes.retain(|other| other != node);
+                if nodes.is_empty() {
+                    by_watch.remove(watch);
+                    // It may have gone with its file.
+                    let _ = remove_watch(&*fd, *watch);
+                }
             }
             wanted
         });
+    }
+
+    /// Nothing is mapped any more: watches none.
+    pub fn clear(&mut self) {
+        self.keep(|_| false);
+        self.is_complete = true;
     }
 
     /// Whether each file that was to be watched is.
@@ -83,8 +94,14 @@ impl Watches {
         let mut space = [MaybeUninit::uninit(); 4096];
         let mut reader = Reader::new(&self.fd, &mut space);
         while let Ok(event) = reader.next() {
+            if event.events().contains(ReadFlags::IGNORED) {
+                for node in self.by_watch.remove(&event.wd()).unwrap_or_default() {
+                    self.by_node.remove(&node);
+                }
+                continue;
+            }
             match self.by_watch.get(&event.wd()) {
-                Some(node) => nodes.push(*node),
+                Some(changed) => nodes.extend(changed),
                 None if event.wd() < 0 => nodes.extend(self.by_node.keys()),
                 None => {}
             }
@@ -121,5 +138,41 @@ mod tests {
         a.set_len(3).unwrap();
         b.set_len(3).unwrap();
         assert_eq!((w.len(), w.take()), (1, vec![8]));
+    }
+
+    #[test]
+    fn a_file_with_two_nodes_is_watched_until_both_are_gone() {
+        let file = tempfile::NamedTempFile::new().unwrap();
+        let fd: OwnedFd = file.reopen().unwrap().into();
+        let mut w = Watches::new().unwrap();
+        w.add(7, &fd);
+        w.add(8, &fd);
+        let change = |n| file.as_file().set_len(n).unwrap();
+        change(1);
+        assert_eq!(w.take(), [7, 8]);
+        w.keep(|node| node == 7);
+        change(2);
+        assert_eq!(w.take(), [7]);
+        w.keep(|_| false);
+        change(3);
+        assert_eq!((w.take(), w.by_watch.len()), (vec![], 0));
+    }
+
+    #[test]
+    fn what_the_host_stops_watching_is_forgotten_and_a_failure_until_all_is() {
+        let file = tempfile::NamedTempFile::new().unwrap();
+        let mut w = Watches::new().unwrap();
+        w.add(7, &file.reopen().unwrap().into());
+        file.close().unwrap();
+        assert_eq!((w.take(), w.len(), w.by_watch.len()), (vec![], 0, 0));
+        // A descriptor that is no inotify instance.
+        let good = std::mem::replace(&mut w.fd, tempfile::tempfile().unwrap().into());
+        w.add(8, &tempfile::tempfile().unwrap().into());
+        w.fd = good;
+        assert!(!w.is_complete());
+        w.keep(|_| false);
+        assert!(!w.is_complete(), "it may still be mapped");
+        w.clear();
+        assert!(w.is_complete());
     }
 }

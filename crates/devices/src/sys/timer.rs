@@ -40,6 +40,15 @@ impl Timer {
         Ok(())
     }
 
+    /// Has it not be due, even if it was already.
+    pub fn disarm(&self) {
+        let never = Timespec { tv_sec: 0, tv_nsec: 0 };
+        let spec = Itimerspec { it_interval: never, it_value: never };
+        if let Err(e) = timerfd_settime(&self.0, TimerfdTimerFlags::empty(), &spec) {
+            tracing::warn!(errno = e.raw_os_error(), "a timer is not disarmed");
+        }
+    }
+
     /// Clears it.
     pub fn take(&self) {
         let mut count = [0; 8];

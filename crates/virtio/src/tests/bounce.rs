@@ -22,6 +22,7 @@ struct Bench {
     queue: Queue,
     window: Window,
     file: Memfd,
+    bounce: Arc<Bounce>,
 }
 
 /// A queue of a guest with a window that shows a memory file.
@@ -33,13 +34,13 @@ fn bench() -> Bench {
     let ram = memory(SPACE);
     let (bounce, memory) = Bounce::new(&windows, &ram).unwrap();
     let driver = DriverQueue::new(&ram, BASE, SPACE, 8, 0, 0);
-    let queue = Queue::new(&ram, 8, 8, driver.addresses(), 0).unwrap().with_bounce(bounce);
-    Bench { memory, driver, queue, window, file }
+    let queue = Queue::new(&ram, 8, 8, driver.addresses(), 0).unwrap().with_bounce(Arc::clone(&bounce));
+    Bench { memory, driver, queue, window, file, bounce }
 }
 
 #[test]
 fn buffers_in_a_window_are_read_and_written_by_copies() {
-    let Bench { memory, mut driver, mut queue, window, file } = bench();
+    let Bench { memory, mut driver, mut queue, window, file, .. } = bench();
     file.file().write_all_at(b"for the device", 4094).unwrap();
     file.file().write_all_at(b"....................", 8000).unwrap();
     driver.set_descriptor(0, AT + 4094, 14, DESC_NEXT, 1);
@@ -57,6 +58,18 @@ fn buffers_in_a_window_are_read_and_written_by_copies() {
     let mut back = [0; 20];
     file.file().read_exact_at(&mut back, 8000).unwrap();
     assert_eq!(&back, b"answer..............", "the rest is left alone");
+    // Also where somebody else wrote meanwhile; ranges in memory count as well.
+    driver.set_descriptor(0, AT + 8000, 2, DESC_WRITE | DESC_NEXT, 1);
+    driver.set_descriptor(1, BASE + SPACE - 4096, 3, DESC_WRITE | DESC_NEXT, 2);
+    driver.set_descriptor(2, AT + 8002, 9, DESC_WRITE | DESC_NEXT, 3);
+    driver.set_descriptor(3, AT + 8011, 9, DESC_WRITE, 0);
+    driver.offer(0);
+    let chain = queue.pop(&memory).unwrap().unwrap();
+    chain.writer(&memory).write_all(b"ABxyzCDEF-not said").unwrap();
+    file.file().write_all_at(b"host's", 8006).unwrap();
+    queue.complete(&memory, chain, 9).unwrap();
+    file.file().read_exact_at(&mut back, 8000).unwrap();
+    assert_eq!(&back, b"ABCDEFhost's........");
     // What is not there any more reads as zeroes, and is not written.
     let short = tempfile(6);
     window.show(0, 4096, short.as_fd(), 0, false).unwrap();
@@ -105,6 +118,34 @@ fn a_chain_waits_for_room_and_one_that_never_fits_is_refused() {
     driver.offer(2);
     let max = Bounce::SIZE;
     assert_eq!(queue.pop(&memory), Err(QueueError::Windows { head: 2, max }));
+}
+
+#[test]
+fn queues_that_wait_do_not_wake_each_other() {
+    let Bench { memory, mut driver, mut queue, bounce, .. } = bench();
+    let mut others = DriverQueue::new(&memory, BASE + SPACE / 2, SPACE / 2, 8, 0, 0);
+    let mut other = Queue::new(&memory, 8, 8, others.addresses(), 0).unwrap().with_bounce(bounce);
+    let half = Bounce::SIZE as u32 / 2 + 4096;
+    driver.set_descriptor(0, AT, half, DESC_WRITE, 0);
+    driver.offer(0);
+    let first = queue.pop(&memory).unwrap().unwrap();
+    // The first part of each finds room.
+    for driver in [&mut driver, &mut others] {
+        driver.set_descriptor(1, AT, 4096, DESC_WRITE | DESC_NEXT, 2);
+        driver.set_descriptor(2, AT, half, DESC_WRITE, 0);
+        driver.offer(1);
+    }
+    for _ in 0..2 {
+        assert!(queue.pop(&memory).unwrap().is_none() && other.pop(&memory).unwrap().is_none());
+        assert!(!queue.take_held() && !other.take_held());
+    }
+    // One that is put back comes back as well.
+    queue.unpop(first);
+    assert!(queue.take_held() && other.take_held());
+    let second = other.pop(&memory).unwrap().unwrap();
+    assert!(queue.pop(&memory).unwrap().is_none() && !queue.take_held());
+    other.complete(&memory, second, 0).unwrap();
+    assert!(queue.take_held() && queue.pop(&memory).unwrap().is_some());
 }
 
 #[test]

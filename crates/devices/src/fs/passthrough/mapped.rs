@@ -102,13 +102,14 @@ impl Share {
     /// Shows a part of file `node` in the window.
     ///
     /// # Errors
-    /// ENOSYS: there is no window; EROFS; EINVAL: no file, or no such place; ENOSPC: the part has holes, and the disk has
+    /// ENOSYS: there is no window; EROFS; EINVAL: no file, or not one to be mapped, or no such place; ENOSPC: the part has holes, and the disk has
     /// no room for them; or the host's reason.
     pub fn map(&mut self, node: u64, part: Part) -> Result<()> {
         let dax = Arc::clone(self.dax.as_ref().ok_or(Errno::NOSYS)?);
         if part.writable && self.read_only {
             return Err(Errno::ROFS);
         }
+        dax.check(part)?;
         let file = self.file_to_map(node, part.writable)?;
         if part.writable {
             fill_holes(&file, part)?;
@@ -152,8 +153,10 @@ impl Share {
     pub fn unmap(&mut self, mut places: impl Iterator<Item = (u64, u64)>) -> Result<()> {
         let dax = self.dax.as_ref().ok_or(Errno::NOSYS)?;
         let done = places.try_for_each(|(at, len)| dax.hide(at, len));
-        if let Some(watches) = self.watches.as_mut().filter(|w| w.len() > dax.count()) {
-            watches.keep(|node| dax.shows(node));
+        match &mut self.watches {
+            Some(watches) if dax.count() == 0 => watches.clear(),
+            Some(watches) if watches.len() > dax.count() => watches.keep(|node| dax.shows(node)),
+            _ => {}
         }
         done
     }
@@ -178,10 +181,21 @@ impl Share {
         if pages(size.saturating_sub(part.offset)) <= lacking.there {
             return;
         }
-        let shown = self.file_to_map(node, part.writable).and_then(|file| dax.show(node, file.as_fd(), part));
+        let shown = self.file_to_map(node, part.writable).and_then(|file| {
+            if part.writable {
+                fill_holes(&file, part)?;
+            }
+            dax.show(node, file.as_fd(), part)
+        });
         match shown {
             Ok(()) => dax.cut(node, size),
-            Err(e) => tracing::debug!(node, errno = e.raw_os_error(), "a file is not mapped again"),
+            Err(e) => {
+                tracing::debug!(node, errno = e.raw_os_error(), "a file is not mapped again");
+                // What the guest writes there from now on does not reach the file, though that is long enough.
+                if part.writable {
+                    dax.lose(node);
+                }
+            }
         }
     }
 
@@ -199,7 +213,10 @@ impl Share {
             What::Virtual(_) => return Err(Errno::NODEV),
             What::Host(host) => host,
         };
-        if host.id.kind != libc::S_IFREG {
+        // Others would wait for a file system's server as long as that likes: the guest's processors, and the threads of
+        // all devices that are given buffers there.
+        let coherence = self.devices.get(&host.id.key.dev).map_or(Coherence::Unknown, |d| d.coherence);
+        if host.id.kind != libc::S_IFREG || coherence == Coherence::Unknown {
             return Err(Errno::INVAL);
         }
         let fits = |fd: &OwnedFd| match fcntl_getfl(fd).map(|flags| flags & OFlags::ACCMODE) {

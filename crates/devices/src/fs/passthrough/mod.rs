@@ -252,11 +252,14 @@ impl Share {
         self.inodes.clear();
         self.write_back = false;
         self.offers_dax = false;
-        if let Some(dax) = &self.dax {
-            dax.clear();
+        if let Some(Err(e)) = self.dax.as_ref().map(|dax| dax.clear()) {
+            tracing::warn!(
+                errno = e.raw_os_error(),
+                "a DAX window is not emptied: it shows what the last guest had"
+            );
         }
         if let Some(watches) = &mut self.watches {
-            watches.keep(|_| false);
+            watches.clear();
         }
     }
 

@@ -245,10 +245,54 @@ fn holes_have_their_room_before_they_can_be_written_to() {
     let f = c.lookup(ROOT, c"f").unwrap().node;
     let blocks = |c: &Client| fs::metadata(c.path("f")).unwrap().blocks();
     map(&mut c, f, 0, 0, CHUNK, READ).unwrap();
-    assert!(blocks(&c) < CHUNK / 512);
+    assert_eq!(map(&mut c, f, WHOLE, 0, CHUNK, READ | WRITE), Err(libc::EINVAL));
+    assert!(blocks(&c) < CHUNK / 512, "nothing is taken for what is refused");
     map(&mut c, f, 0, 0, CHUNK, READ | WRITE).unwrap();
     assert!((CHUNK / 512..2 * CHUNK / 512).contains(&blocks(&c)), "{}", blocks(&c));
     assert_eq!(fs::metadata(c.path("f")).unwrap().len(), 2 * CHUNK);
+}
+
+#[test]
+fn a_longer_file_is_not_shown_again_while_the_disk_has_no_room_for_it() {
+    let mut small = None;
+    let mut c = client(|s| {
+        let small = small.insert(s.source.clone().unwrap().join("small"));
+        fs::create_dir(&*small).unwrap();
+    });
+    let small = small.unwrap();
+    let mount = |args: &[&str]| std::process::Command::new(args[0]).args(&args[1..]).arg(&small).output();
+    if !mount(&["mount", "-t", "tmpfs", "-o", "size=3m", "tmpfs"]).is_ok_and(|out| out.status.success()) {
+        println!("skipped: no file system can be mounted here");
+        return;
+    }
+    let host = File::create(small.join("f")).unwrap();
+    host.set_len(CHUNK).unwrap();
+    let dir = c.lookup(ROOT, c"small").unwrap().node;
+    let f = c.lookup(dir, c"f").unwrap().node;
+    map(&mut c, f, 0, 0, CHUNK, READ | WRITE).unwrap();
+    let window = c.server.window().cloned().unwrap();
+    let mut resize = |len| {
+        host.set_len(len).unwrap();
+        c.server.follow_changes();
+        window.lacking().iter().map(|l| l.there).collect::<Vec<_>>()
+    };
+    assert_eq!(resize(0), [0]);
+    let full = File::create(small.join("full")).unwrap();
+    while std::io::Write::write(&mut &full, &[1; 4096]).is_ok_and(|n| n > 0) {}
+    assert_eq!(resize(CHUNK), [0]);
+    assert!(window.take_lost(f) && !window.take_lost(f));
+    full.set_len(0).unwrap();
+    assert_eq!((resize(CHUNK), window.take_lost(f)), (vec![0u64; 0], false));
+    drop((c, full, host));
+    let _ = mount(&["umount", "-l"]);
+}
+
+#[test]
+fn files_whose_server_may_hang_are_refused() {
+    let mut c = client(|s| s.source = Some("/proc".into()));
+    let version = c.lookup(ROOT, c"version").unwrap().node;
+    // Unmapped files of this kind would be refused by the host as well, with another error.
+    assert_eq!(map(&mut c, version, 0, 0, CHUNK, READ), Err(libc::EINVAL));
 }
 
 #[test]

@@ -10,6 +10,7 @@ use rustix::fs::{FlockOperation, flock};
 
 use super::client::{longs, u32_at, u64_at, words};
 use crate::fs::abi::{LK_FLOCK, op};
+use crate::fs::dax::{CHUNK, DaxSpec};
 use crate::fs::{ExitCode, Fs, FsSpec};
 
 const HIPRIO: usize = 0;
@@ -56,6 +57,32 @@ fn the_configuration_is_that_of_a_file_system() {
     let mut past = [1u8; 4];
     fs.config().read(u64::MAX, &mut past);
     assert_eq!(past, [0; 4]);
+}
+
+#[test]
+fn a_reset_ends_a_pause() {
+    let dir = tempfile::tempdir().unwrap();
+    let file = fs::File::create(dir.path().join("f")).unwrap();
+    let spec = FsSpec {
+        tag: "share".into(),
+        source: Some(dir.path().to_owned()),
+        dax: Some(DaxSpec { size: CHUNK, from: 0 }),
+        ..FsSpec::default()
+    };
+    let mut h = Harness::new(Fs::new(spec).unwrap());
+    for len in [1, 2] {
+        init(&mut h);
+        let found = send(&mut h, op::LOOKUP, 1, b"f\0", &[128]);
+        let map = longs(&[u64::MAX, 0, CHUNK, 0, 0]);
+        let done = send(&mut h, op::SETUPMAPPING, u64_at(&found.data, 16), &map, &[0]);
+        assert_eq!(u32_at(&done.data, 4), 0);
+        // The change, and the pause after it.
+        file.set_len(len).unwrap();
+        assert_eq!(h.poll(Duration::from_secs(5)).unwrap(), 1);
+        h.restart().unwrap();
+        std::thread::sleep(Duration::from_millis(20));
+        while h.poll(Duration::from_millis(50)).unwrap() > 0 {}
+    }
 }
 
 #[test]
