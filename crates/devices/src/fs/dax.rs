@@ -28,8 +28,9 @@ pub const ALIGNMENT: u16 = 21;
 pub const WINDOW_MAX: u64 = 16 << 30;
 const PAGE: usize = 4096;
 const CHUNK_BYTES: usize = CHUNK as usize;
-/// Holes that are mended at a time where a file has lost more than its end; each of them is one more mapping.
-const RUNS_MAX: usize = 256;
+/// Holes that are mended one by one in a window where files have lost more than their ends. Each is up to two more
+/// mappings, of which a process has some 65,000; beyond, the rest of a piece goes with the first hole.
+const HOLES_MAX: usize = 1024;
 
 /// A window as it is asked for.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -61,14 +62,15 @@ struct Shown {
     writable: bool,
     /// The file was found to end here, in bytes from the start of the piece; zeroed memory follows.
     end: Option<usize>,
-    /// Only some of the pages from there on are zeroed memory, others still show the file.
-    has_holes: bool,
+    /// Holes that were mended one by one: only some of the pages from the end on are zeroed memory, others still show
+    /// the file.
+    holes: usize,
 }
 
 impl Shown {
     /// From here on nothing of the file is shown.
     fn reach(&self) -> usize {
-        self.end.filter(|_| !self.has_holes).unwrap_or(CHUNK_BYTES)
+        self.end.filter(|_| self.holes == 0).unwrap_or(CHUNK_BYTES)
     }
 }
 
@@ -153,7 +155,7 @@ impl Dax {
         let mut shown = self.shown();
         self.window.show(at, len, file, part.offset, part.writable).map_err(errno)?;
         for (piece, offset) in pieces.zip((part.offset..).step_by(CHUNK_BYTES)) {
-            shown.insert(piece, Shown { node, offset, writable: part.writable, end: None, has_holes: false });
+            shown.insert(piece, Shown { node, offset, writable: part.writable, end: None, holes: 0 });
         }
         self.note(&shown);
         Ok(())
@@ -210,9 +212,9 @@ impl Dax {
         self.shown().iter().filter_map(lacking).collect()
     }
 
-    /// Whether something of `node` is shown.
-    pub fn shows(&self, node: u64) -> bool {
-        self.shown().values().any(|s| s.node == node)
+    /// Nodes of which something is shown.
+    pub fn nodes(&self) -> HashSet<u64> {
+        self.shown().values().map(|s| s.node).collect()
     }
 
     /// File `node` has so many bytes: puts zeroed memory in place of what is shown beyond. The guest need not have
@@ -223,7 +225,7 @@ impl Dax {
             let there = pages(size.saturating_sub(s.offset)) as usize;
             let pages = there / PAGE..s.reach() / PAGE;
             if !pages.is_empty() && self.replace(*piece, s, pages) && s.end == Some(there) {
-                s.has_holes = false;
+                s.holes = 0;
             }
         }
         self.note(&shown);
@@ -248,7 +250,7 @@ impl SharedMemory for Dax {
         let readable: &Check<'_> = &|piece, page, _| self.is_there(piece, page);
         let writable: &Check<'_> =
             &|piece, page, s| !s.writable || self.window.is_writable(piece * CHUNK_BYTES + page * PAGE, PAGE);
-        let mut left = RUNS_MAX;
+        let mut left = HOLES_MAX.saturating_sub(shown.values().map(|s| s.holes).sum());
         for check in [readable, writable] {
             if !any {
                 any = shown
@@ -293,24 +295,25 @@ impl Dax {
         self.replace(piece, s, there..end)
     }
 
-    /// Replaces pages of a piece that are not as they should be, up to `left` runs of them; what can be read of them is
-    /// kept. What the guest writes there does not reach the file, which is told with the next FSYNC.
+    /// Replaces pages of a piece that are not as they should be: up to `left` runs of them, then all that follows. What
+    /// can be read of them is kept. What the guest writes there does not reach the file, which is told with the next
+    /// FSYNC.
     fn mend_pages(&self, piece: usize, s: &mut Shown, check: &Check<'_>, left: &mut usize) -> bool {
-        let (mut any, mut start) = (false, None);
-        for page in 0..=CHUNK_BYTES / PAGE {
-            let is_bad = page < CHUNK_BYTES / PAGE && !check(piece, page, s);
-            match (is_bad, start) {
-                (true, None) => start = Some(page),
-                (false, Some(_)) if *left == 0 => break,
-                (false, Some(first)) => {
+        const PAGES: usize = CHUNK_BYTES / PAGE;
+        let (mut any, mut page) = (false, 0);
+        while let Some(first) = (page..PAGES).find(|page| !check(piece, *page, s)) {
+            page = match *left {
+                0 => PAGES,
+                _ => (first..PAGES).find(|page| check(piece, *page, s)).unwrap_or(PAGES),
+            };
+            if self.keep_and_replace(piece, s, first..page) {
+                any = true;
+                if *left > 0 {
                     *left -= 1;
-                    start = None;
-                    any |= self.keep_and_replace(piece, s, first..page);
+                    s.holes += 1;
                 }
-                _ => {}
             }
         }
-        s.has_holes |= any;
         if any && s.writable {
             self.lose(s.node);
         }

@@ -1,7 +1,7 @@
 //! Word of changes to files in the window (inotify): a processor of the guest that touches what a file has lost may wait in
 //! the host's kernel without an end, and this process never hears of it.
 
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 use std::mem::MaybeUninit;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 
@@ -55,14 +55,14 @@ impl Watches {
     }
 
     /// Watches none but those of `nodes`.
-    pub fn keep(&mut self, is_wanted: impl Fn(u64) -> bool) {
+    pub fn keep(&mut self, nodes: &HashSet<u64>) {
         let Self { fd, by_node, by_watch, .. } = self;
         by_node.retain(|node, watch| {
-            let wanted = is_wanted(*node);
+            let wanted = nodes.contains(node);
             if !wanted {
-                let nodes = by_watch.entry(*watch).or_default();
-                nodes.retain(|other| other != node);
-                if nodes.is_empty() {
+                let same = by_watch.entry(*watch).or_default();
+                same.retain(|other| other != node);
+                if same.is_empty() {
                     by_watch.remove(watch);
                     // It may have gone with its file.
                     let _ = remove_watch(&*fd, *watch);
@@ -74,7 +74,7 @@ impl Watches {
 
     /// Nothing is mapped any more: watches none.
     pub fn clear(&mut self) {
-        self.keep(|_| false);
+        self.keep(&HashSet::new());
         self.is_complete = true;
     }
 
@@ -134,7 +134,7 @@ mod tests {
         b.set_len(5).unwrap();
         a.set_len(0).unwrap();
         assert_eq!(w.take(), [7, 8]);
-        w.keep(|node| node == 8);
+        w.keep(&[8].into());
         a.set_len(3).unwrap();
         b.set_len(3).unwrap();
         assert_eq!((w.len(), w.take()), (1, vec![8]));
@@ -150,10 +150,10 @@ mod tests {
         let change = |n| file.as_file().set_len(n).unwrap();
         change(1);
         assert_eq!(w.take(), [7, 8]);
-        w.keep(|node| node == 7);
+        w.keep(&[7].into());
         change(2);
         assert_eq!(w.take(), [7]);
-        w.keep(|_| false);
+        w.keep(&[].into());
         change(3);
         assert_eq!((w.take(), w.by_watch.len()), (vec![], 0));
     }
@@ -170,7 +170,7 @@ mod tests {
         w.add(8, &tempfile::tempfile().unwrap().into());
         w.fd = good;
         assert!(!w.is_complete());
-        w.keep(|_| false);
+        w.keep(&[].into());
         assert!(!w.is_complete(), "it may still be mapped");
         w.clear();
         assert!(w.is_complete());

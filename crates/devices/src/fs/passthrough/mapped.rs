@@ -118,7 +118,7 @@ impl Share {
         if let Some(watches) = &mut self.watches {
             watches.add(node, &file);
             if watches.len() > WATCHES_MIN && watches.len() > dax.count() {
-                watches.keep(|node| dax.shows(node));
+                watches.keep(&dax.nodes());
             }
         }
         // It may have lost its end since, or before.
@@ -155,7 +155,7 @@ impl Share {
         let done = places.try_for_each(|(at, len)| dax.hide(at, len));
         match &mut self.watches {
             Some(watches) if dax.count() == 0 => watches.clear(),
-            Some(watches) if watches.len() > dax.count() => watches.keep(|node| dax.shows(node)),
+            Some(watches) if watches.len() > dax.count() => watches.keep(&dax.nodes()),
             _ => {}
         }
         done
