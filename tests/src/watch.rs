@@ -15,6 +15,11 @@ fn limit() -> Duration {
     Duration::from_secs(seconds.unwrap_or(300))
 }
 
+/// Before the progress, in lines that tell whoever started this program how it stands, and that its host is alive.
+const SO_FAR: &str = "vm tests so far: ";
+/// Seconds between two of them.
+const ALIVE: u32 = 10;
+
 /// So many cases may hang before the others are given up.
 const HANGS: u32 = 3;
 
@@ -72,14 +77,16 @@ impl Watch {
         let watch = Self::default();
         let (watched, limit) = (watch.clone(), limit());
         thread::Builder::new().name("watch".into()).spawn(move || {
-            loop {
+            for second in 0u32.. {
                 thread::sleep(Duration::from_secs(1));
                 // Held until the program starts anew, so that no case ends or begins meanwhile.
                 let running = watched.running.lock().unwrap_or_else(PoisonError::into_inner);
-                if let Some(case) = &*running
-                    && case.start.elapsed() > limit
-                {
+                let Some(case) = &*running else { continue };
+                if case.start.elapsed() > limit {
                     start_anew(case.name, case.progress, limit);
+                }
+                if second.is_multiple_of(ALIVE) {
+                    println!("{SO_FAR}{}", case.progress.word());
                 }
             }
         })?;
@@ -88,6 +95,7 @@ impl Watch {
 
     /// A case begins.
     pub fn begin(&self, name: &'static str, progress: Progress) {
+        println!("{SO_FAR}{}", progress.word());
         *self.running.lock().unwrap_or_else(PoisonError::into_inner) =
             Some(Running { name, start: Instant::now(), progress });
     }

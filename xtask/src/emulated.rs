@@ -17,6 +17,36 @@ pub struct Lab {
     kernel: PathBuf,
 }
 
+/// How long a command may take; no limit where nothing is said.
+#[derive(Debug, Default, Clone, Copy)]
+pub struct Patience {
+    /// In all.
+    pub whole: Option<Duration>,
+    /// Between two lines.
+    pub silence: Option<Duration>,
+}
+
+/// How a command ended.
+#[derive(Debug)]
+pub enum End {
+    /// By itself.
+    Status(ExitStatus),
+    /// It took too long.
+    Limit,
+    /// It said nothing for too long.
+    Silence,
+}
+
+impl std::fmt::Display for End {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        match self {
+            Self::Status(status) => write!(f, "ended with {status}"),
+            Self::Limit => write!(f, "took too long and was killed"),
+            Self::Silence => write!(f, "said nothing for too long and was killed"),
+        }
+    }
+}
+
 impl Lab {
     /// Gets QEMU, the emulated host's kernel and its template.
     ///
@@ -58,15 +88,18 @@ impl Lab {
         writable: &[PathBuf],
     ) -> Result<(ExitStatus, String), String> {
         let mut text = String::new();
-        let status = self.lines(words, env, writable, None, |line| {
+        let add = |line: &str| {
             text.push_str(line);
             text.push('\n');
-        })?;
-        Ok((status, text))
+        };
+        match self.lines(words, env, writable, Patience::default(), add)? {
+            End::Status(status) => Ok((status, text)),
+            other => Err(format!("the emulated host {other}")),
+        }
     }
 
-    /// Runs `words` there for at most `limit`, with each line that it prints given to `line` at once;
-    /// errors go to standard error. Gives back how it ended; at the limit it is killed.
+    /// Runs `words` there as long as there is patience, with each line that it prints given to `line` at once; errors go to
+    /// standard error. Gives back how it ended; beyond patience it is killed.
     ///
     /// # Errors
     /// The command could not be started.
@@ -75,9 +108,9 @@ impl Lab {
         words: &[OsString],
         env: &[(OsString, OsString)],
         writable: &[PathBuf],
-        limit: Option<Duration>,
+        patience: Patience,
         mut line: impl FnMut(&str),
-    ) -> Result<ExitStatus, String> {
+    ) -> Result<End, String> {
         let mut command = self.command();
         for dir in writable {
             command.arg("--writable").arg(dir);
@@ -92,22 +125,23 @@ impl Lab {
             // The other side is gone only after a kill.
             lines.map_while(Result::ok).map_while(|line| tell.send(line).ok()).for_each(drop);
         });
-        let end = limit.map(|limit| Instant::now() + limit);
-        loop {
-            let left = end.map_or(Duration::MAX, |end| end.saturating_duration_since(Instant::now()));
-            match told.recv_timeout(left) {
+        let start = Instant::now();
+        let mut end = None;
+        while end.is_none() {
+            let left = patience.whole.map_or(Duration::MAX, |whole| whole.saturating_sub(start.elapsed()));
+            let silence = patience.silence.unwrap_or(Duration::MAX);
+            match told.recv_timeout(left.min(silence)) {
                 Ok(bytes) => line(&String::from_utf8_lossy(&bytes)),
                 Err(RecvTimeoutError::Disconnected) => break,
                 Err(RecvTimeoutError::Timeout) => {
-                    line(&format!("killed after {} s", limit.unwrap_or_default().as_secs()));
+                    end = Some(if silence < left { End::Silence } else { End::Limit });
                     child.kill().map_err(failed)?;
-                    break;
                 }
             }
         }
         let status = child.wait().map_err(failed)?;
         let _ = reader.join();
-        Ok(status)
+        Ok(end.unwrap_or(End::Status(status)))
     }
 
     /// Runs `words` bit-exact, in a system of nothing but their program and `files` (`krun lab --exact`).

@@ -6,7 +6,7 @@ use std::process::{Command, Stdio};
 use std::thread;
 use std::time::{Duration, Instant};
 
-use crate::emulated::Lab;
+use crate::emulated::{End, Lab, Patience};
 use crate::{arrows, debian, install, kernel, packages, peers, rootfs};
 
 /// What a part of the tests came to.
@@ -156,14 +156,16 @@ fn kvm_tests(lab: &Lab) -> Result<Counts, String> {
     for program in &programs {
         let words = [program, "--quiet", "--show-output"].map(Into::into);
         let mut part = Counts::default();
-        let status = lab.lines(&words, &[], &[], Some(KVM_TESTS_LIMIT), |line| {
+        let patience = Patience { whole: Some(KVM_TESTS_LIMIT), silence: None };
+        let end = lab.lines(&words, &[], &[], patience, |line| {
             part.line(line);
             if line.contains("FAILED") || line.contains("panicked") {
                 println!("{line}");
             }
         })?;
-        if !status.success() && part.failed == 0 {
-            part.check(program, Err(format!("ended with {status}")));
+        let is_good = matches!(&end, End::Status(status) if status.success());
+        if !is_good && part.failed == 0 {
+            part.check(program, Err(end.to_string()));
         }
         println!("{program}: {} passed, {} failed", part.passed, part.failed);
         counts.add(part);
@@ -277,13 +279,35 @@ fn vm_tests(names: &[String]) -> Result<Counts, String> {
             let (root, lab) = (root.clone(), lab.clone());
             thread::spawn(move || {
                 let (mut part, mut whole) = (Counts::default(), false);
-                let status = lab.lines(&words, &env, &[root], Some(VM_TESTS_LIMIT), |line| {
-                    println!("{label}: {line}");
-                    part.line(line);
-                    whole |= line.starts_with("vm tests: ");
-                })?;
-                if !whole {
-                    part.check(label, Err(format!("ended with {status} before the last test")));
+                let patience = Patience { whole: Some(VM_TESTS_LIMIT), silence: Some(VM_TESTS_SILENCE) };
+                let (mut so_far, mut anew) = (None::<String>, 0);
+                while !whole {
+                    let mut words = words.clone();
+                    words.extend(so_far.iter().flat_map(|at| ["--progress".into(), at.into()]));
+                    let end = lab.lines(&words, &env, std::slice::from_ref(&root), patience, |line| {
+                        match line.strip_prefix(SO_FAR) {
+                            Some(at) => so_far = Some(at.to_owned()),
+                            None => {
+                                println!("{label}: {line}");
+                                part.line(line);
+                                whole |= line.starts_with("vm tests: ");
+                            }
+                        }
+                    })?;
+                    if whole {
+                        break;
+                    }
+                    if matches!(end, End::Silence) && so_far.is_some() && anew < HOSTS_AGAIN {
+                        anew += 1;
+                        println!(
+                            "{label}: NOTE: the emulated host has stood still for {} s, which QEMU's now and then \
+                             does; the case under way and those behind it run in a new one",
+                            VM_TESTS_SILENCE.as_secs()
+                        );
+                        continue;
+                    }
+                    part.check(label, Err(format!("{end} before the last test")));
+                    break;
                 }
                 Ok::<_, String>(part)
             })
@@ -328,6 +352,12 @@ const ONCE: &[&str] = &[
 
 /// How long one of the test programs under the emulated host's KVM may take; they took under a minute.
 const KVM_TESTS_LIMIT: Duration = Duration::from_secs(5 * 60);
+/// What the test program's lines about its progress begin with; there is one every 10 s.
+const SO_FAR: &str = "vm tests so far: ";
+/// How long it may say nothing. QEMU 7.2 has been seen to loop without running its processor.
+const VM_TESTS_SILENCE: Duration = Duration::from_secs(90);
+/// How often another emulated host is tried.
+const HOSTS_AGAIN: u32 = 2;
 /// How long the VM tests of one bundle may take; they took about 15 minutes where that was measured.
 const VM_TESTS_LIMIT: Duration = Duration::from_secs(25 * 60);
 
