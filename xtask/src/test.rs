@@ -357,7 +357,7 @@ const SO_FAR: &str = "vm tests so far: ";
 /// How long it may say nothing. QEMU 7.2 has been seen to loop without running its processor.
 const VM_TESTS_SILENCE: Duration = Duration::from_secs(90);
 /// How often another emulated host is tried.
-const HOSTS_AGAIN: u32 = 2;
+const HOSTS_AGAIN: u32 = 4;
 /// How long the VM tests of one bundle may take; they took 13 to 19 minutes where that was measured.
 const VM_TESTS_LIMIT: Duration = Duration::from_secs(35 * 60);
 
