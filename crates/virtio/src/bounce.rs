@@ -4,8 +4,8 @@
 //! there and has it written elsewhere, past the caches. What a window shows may go away at any time, and a device that
 //! touched it then would end this process; nor may it be handed to calls that a device makes, for whose failure it would
 //! answer. So a queue lends the device memory of its own in place of such a buffer: filled when the chain is taken, and
-//! copied back, as far as the device wrote to it, when it is completed. What is not there reads as zeroes, and what is written to it is lost: so it is for
-//! the guest's processors too.
+//! copied back, as far as the device wrote to it, when it is completed. What is not there reads as zeroes, and what is
+//! written to it is lost: so it is for the guest's processors too.
 
 use std::collections::BTreeMap;
 use std::sync::atomic::{AtomicU64, Ordering};

@@ -160,6 +160,6 @@ fn a_terminal_in_the_background_waits() {
     assert_eq!(g.poll(), 0);
     other.kill().unwrap();
     other.wait().unwrap();
-    // The end of the master would hang this session up.
+    // The end of the master would send this process a hangup.
     std::process::exit(0);
 }

@@ -13,8 +13,8 @@
 //! what the host changes, and from the host for a while what the guest wrote.
 //!
 //! What a guest should know: POSIX and BSD locks are its own affair (they work between its processes, and do
-//! not reach the host) unless [`FsSpec::share_locks`] says otherwise; a share that is read-only answers EROFS, but the mount shows `ro` only if the guest
-//! mounts it so; new files belong to the guest's user where this process has `CAP_SETUID` and
+//! not reach the host) unless [`FsSpec::share_locks`] says otherwise; a share that is read-only answers EROFS, but the
+//! mount shows `ro` only if the guest mounts it so; new files belong to the guest's user where this process has `CAP_SETUID` and
 //! `CAP_SETGID`, else to the user it runs as.
 
 mod abi;

@@ -102,8 +102,8 @@ impl Share {
     /// Shows a part of file `node` in the window.
     ///
     /// # Errors
-    /// ENOSYS: there is no window; EROFS; EINVAL: no file, or not one to be mapped, or no such place; ENOSPC: the part has holes, and the disk has
-    /// no room for them; or the host's reason.
+    /// ENOSYS: there is no window; EROFS; EINVAL: no file, or not one to be mapped, or no such place; ENOSPC: the part has
+    /// holes, and the disk has no room for them; or the host's reason.
     pub fn map(&mut self, node: u64, part: Part) -> Result<()> {
         let dax = Arc::clone(self.dax.as_ref().ok_or(Errno::NOSYS)?);
         if part.writable && self.read_only {
