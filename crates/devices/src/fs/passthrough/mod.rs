@@ -316,6 +316,9 @@ impl Share {
         if self.inodes.get(node).is_err() {
             self.drop_all_locks(node, None);
             self.reads.forget(node);
+            if let Some(dax) = &self.dax {
+                dax.take_lost(node);
+            }
         }
     }
 

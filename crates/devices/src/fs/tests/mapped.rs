@@ -288,6 +288,20 @@ fn a_longer_file_is_not_shown_again_while_the_disk_has_no_room_for_it() {
 }
 
 #[test]
+fn what_a_file_has_lost_is_not_kept_longer_than_its_node() {
+    let mut c = client(|_| {});
+    let f = c.lookup(ROOT, c"f").unwrap().node;
+    c.lookup(ROOT, c"f").unwrap();
+    let window = c.server.window().cloned().unwrap();
+    window.lose(f);
+    c.forget(f, 1);
+    assert!(window.take_lost(f));
+    window.lose(f);
+    c.forget(f, 1);
+    assert!(!window.take_lost(f));
+}
+
+#[test]
 fn files_whose_server_may_hang_are_refused() {
     let mut c = client(|s| s.source = Some("/proc".into()));
     let version = c.lookup(ROOT, c"version").unwrap().node;
