@@ -4,29 +4,12 @@
 set -eu
 vmm=$1 part=$2
 here=$(cd "$(dirname "$0")" && pwd)
-work=$(mktemp -d /run/krun-io.XXXXXX)
-running=
-finish() {
-    # shellcheck disable=SC2086 # several numbers
-    [ -z "$running" ] || kill $running 2> /dev/null || true
-    rm -rf "$work"
-}
-trap finish EXIT
+. "$here/../processes.sh"
 mkdir "$work/share"
 cp "$here/guest.sh" "$work/share/guest"
 cp "$here"/*.py "$work/share"
 truncate -s 256M "$work/disk"
 [ "$part" != tree ] || (cd "$ROOT/usr/lib" && tar cf "$work/share/tree.tar" python3.*)
-
-# Waits until a command succeeds.
-await() {
-    for _ in $(seq 100); do
-        if "$@"; then return; fi
-        sleep 0.1
-    done
-    echo "gave up: $*" >&2
-    exit 1
-}
 
 # Whether the part has an end here.
 has_sockets() { [ -f "$here/$part.py" ]; }

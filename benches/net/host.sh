@@ -6,24 +6,8 @@ set -eu
 # A network of its own, which goes away with everything in it.
 [ "${ALONE:-}" ] || ALONE=1 exec unshare -n sh "$0" "$@"
 vmm=$1 peer=$2 seconds=$3
-work=$(mktemp -d /run/krun-net.XXXXXX)
-running=
-finish() {
-    # shellcheck disable=SC2086 # several numbers
-    [ -z "$running" ] || kill $running 2> /dev/null || true
-    rm -rf "$work"
-}
-trap finish EXIT
+. "$(dirname "$0")/../processes.sh"
 
-# Waits until a command succeeds.
-await() {
-    for _ in $(seq 200); do
-        if "$@"; then return; fi
-        sleep 0.1
-    done
-    echo "gave up: $*" >&2
-    exit 1
-}
 start() {
     "$@" < /dev/null > "$work/${1##*/}.log" 2>&1 &
     running="$running $!"
