@@ -13,6 +13,7 @@ use krun_devices::input;
 use krun_devices::rng::Rng;
 use krun_devices::tty::RawTerminal;
 use krun_devices::vhost_user::VhostUserHandle;
+use krun_devices::vsock::VsockHandle;
 use krun_machine::{SerialSpec, Spec};
 use krun_virtio::VirtioDevice;
 use krun_wire as wire;
@@ -29,6 +30,7 @@ pub struct Parts {
     pub control: Option<UnixStream>,
     pub consoles: Vec<ConsoleHandle>,
     pub vhost_user: Vec<VhostUserHandle>,
+    pub vsock: Option<VsockHandle>,
     /// Terminals to put in raw mode while the VM runs.
     pub terminals: Vec<Arc<RawTerminal>>,
     pub balloon: Option<BalloonHandle>,
@@ -266,9 +268,9 @@ pub fn assemble(mut config: VmConfig) -> Result<Parts, Error> {
     for device in config.inputs.drain(..) {
         devices.push(Box::new(input::Input::new(device.config, device.source)));
     }
-    if let Some(vsock) = config.vsock.take() {
-        devices.push(Box::new(vsock.device()?));
-    }
+    let vsock = config.vsock.take().map(crate::Vsock::device).transpose()?;
+    let vsock_handle = vsock.as_ref().map(|device| device.handle());
+    devices.extend(vsock.map(|device| Box::new(device) as Box<dyn VirtioDevice>));
     let shared_memory = !config.vhost_user.is_empty();
     let (elsewhere, vhost_user): (Vec<_>, Vec<_>) =
         vhost_user::devices(&mut config, numbered.as_ref())?.into_iter().unzip();
@@ -293,8 +295,18 @@ pub fn assemble(mut config: VmConfig) -> Result<Parts, Error> {
         shared_memory,
         ..Spec::default()
     };
-    let (control, consoles) = (host_end, handles);
-    Ok(Parts { spec, devices, exit_code, control, consoles, vhost_user, terminals, balloon, disks })
+    Ok(Parts {
+        spec,
+        devices,
+        exit_code,
+        control: host_end,
+        consoles: handles,
+        vhost_user,
+        vsock: vsock_handle,
+        terminals,
+        balloon,
+        disks,
+    })
 }
 
 #[derive(Default)]

@@ -42,6 +42,7 @@ pub struct Vm {
     control: Option<Mutex<UnixStream>>,
     consoles: Vec<krun_devices::console::ConsoleHandle>,
     vhost_user: Vec<krun_devices::vhost_user::VhostUserHandle>,
+    vsock: Option<krun_devices::vsock::VsockHandle>,
     pub(crate) balloon: Option<BalloonHandle>,
     pub(crate) disks: Vec<BlockHandle>,
     terminals: Vec<Arc<RawTerminal>>,
@@ -54,8 +55,18 @@ impl Vm {
     /// # Errors
     /// What cannot work, with the value that is wrong and what would work; nothing is left behind.
     pub fn start(config: VmConfig) -> Result<Self, Error> {
-        let Parts { spec, devices, exit_code, control, consoles, vhost_user, terminals, balloon, disks } =
-            assemble(config)?;
+        let Parts {
+            spec,
+            devices,
+            exit_code,
+            control,
+            consoles,
+            vhost_user,
+            vsock,
+            terminals,
+            balloon,
+            disks,
+        } = assemble(config)?;
         let running = Machine::start(spec, devices)?;
         let vm = Self {
             running,
@@ -63,6 +74,7 @@ impl Vm {
             control: control.map(Mutex::new),
             consoles,
             vhost_user,
+            vsock,
             balloon,
             disks,
             terminals,
@@ -158,6 +170,9 @@ impl Vm {
             console.abandon();
         }
         for device in &self.vhost_user {
+            device.abandon();
+        }
+        if let Some(device) = &self.vsock {
             device.abandon();
         }
     }

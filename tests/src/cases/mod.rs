@@ -120,6 +120,7 @@ pub const ALL: &[Case] = &[
     vsock::MANY,
     vsock::BULK,
     vsock::STUCK,
+    vsock::KILLED,
     vsock_seqpacket::CASE,
     vhost_user::BLOCK,
     vhost_user::RNG,

@@ -1,10 +1,11 @@
 //! Sockets between the guest and the host, with the guest kernel's own vsock and Python's sockets on it.
 
-use std::io::{Read, Write};
+use std::io::{ErrorKind, Read, Write};
 use std::net::Shutdown;
 use std::os::unix::net::{UnixListener, UnixStream};
+use std::sync::mpsc::{RecvTimeoutError, channel};
 use std::thread;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use krun::{VmConfig, Vsock};
 
@@ -14,6 +15,7 @@ pub const CASE: Case = Case { name: "vsock", host, guest: no_guest };
 pub const MANY: Case = Case { name: "vsock_many", host: many, guest: no_guest };
 pub const BULK: Case = Case { name: "vsock_bulk", host: bulk, guest: no_guest };
 pub const STUCK: Case = Case { name: "vsock_stuck", host: stuck, guest: no_guest };
+pub const KILLED: Case = Case { name: "vsock_killed", host: killed, guest: no_guest };
 
 /// Ports: of the host with a program, of the host without one, of the guest with a program, of the guest without one.
 const TO_HOST: u32 = 5000;
@@ -279,4 +281,59 @@ fn stuck(env: &Env) -> Result<(), Failure> {
     same("bytes before it was stuck", first, sent)?;
     same("bytes after", all[first..].iter().filter(|b| **b == b'y').count(), 1_000_000)?;
     same("all bytes", all.len(), sent + 1_000_000)
+}
+
+const FULL_SCRIPT: &str = r#"
+all = [dial(5000) for _ in range(20)]
+for s in all:
+    s.setblocking(False)
+while ready := select.select([], all, [], 2)[1]:
+    for s in ready:
+        try:
+            s.send(b"x" * 65536)
+        except BlockingIOError:
+            pass
+drivers = "/sys/bus/virtio/drivers/vmw_vsock_virtio_transport/"
+name = [n for n in os.listdir(drivers) if n.startswith("virtio")][0]
+say("full")
+with open(drivers + "unbind", "w") as f:
+    f.write(name)
+say("unbound")
+"#;
+
+/// A reset of the device waits ten seconds for programs that take something now and then, but not when the machine is killed
+/// meanwhile.
+fn killed(env: &Env) -> Result<(), Failure> {
+    let setup = Setup::new(env, "vsock-killed", FULL_SCRIPT)?;
+    let listener = setup.listen()?;
+    let (_dir, captured) = setup.start()?;
+    let streams: Vec<_> = (0..20).map(|_| listener.accept()).collect::<Result<_, _>>()?;
+    captured.wait_for_output("full")?;
+    let (end, ended) = channel::<()>();
+    let reader = thread::spawn(move || -> std::io::Result<()> {
+        for (mut stream, _) in streams {
+            if ended.recv_timeout(Duration::from_millis(500)) != Err(RecvTimeoutError::Timeout) {
+                break;
+            }
+            // All there is, so that there is room for what is held.
+            stream.set_nonblocking(true)?;
+            match std::io::copy(&mut stream, &mut std::io::sink()) {
+                Err(e) if e.kind() != ErrorKind::WouldBlock => return Err(e),
+                _ => {}
+            }
+        }
+        Ok(())
+    });
+    thread::sleep(Duration::from_secs(2));
+    same("whether the driver waits", captured.output_so_far().contains("unbound"), false)?;
+    let start = Instant::now();
+    captured.vm.kill();
+    let result = captured.vm.wait();
+    let took = start.elapsed();
+    drop(end);
+    reader.join().map_err(|_| Failure::Wrong("the reader panicked".into()))??;
+    if took > Duration::from_secs(5) {
+        return Err(Failure::Wrong(format!("the end took {took:?} after the kill: {result:?}")));
+    }
+    Ok(())
 }

@@ -5,9 +5,10 @@ use std::os::fd::{AsFd, RawFd};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use krun_event::{Interest, Ready};
+use krun_event::{Interest, Ready, Wake};
 use krun_virtio::{Chain, ConfigSpace, Cx, DeviceError, DeviceInfo, Reader, VirtioDevice};
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
+use rustix::io::Errno;
 
 use super::buffers::Buffers;
 use super::connection::{Connection, Fate, Key};
@@ -84,6 +85,19 @@ pub(super) fn reset(cid: u64, connection: &Connection) -> Header {
     }
 }
 
+/// Speaks to a device from any thread while the VM runs.
+#[derive(Debug, Clone)]
+pub struct VsockHandle {
+    cancel: Wake,
+}
+
+impl VsockHandle {
+    /// Ends every wait for programs of the host, for good: the VM is killed.
+    pub fn abandon(&self) {
+        self.cancel.wake();
+    }
+}
+
 /// A virtio socket device.
 #[derive(Debug)]
 pub struct Vsock {
@@ -103,6 +117,8 @@ pub struct Vsock {
     pub(super) patience: Patience,
     /// Sockets of connections have numbers below this.
     pub(super) top: RawFd,
+    /// Set when the VM is killed.
+    cancel: Wake,
 }
 
 impl Vsock {
@@ -115,8 +131,9 @@ impl Vsock {
     /// [`VsockSpec::validate`]'s, a socket that cannot be created, or no descriptor is left.
     pub fn new(spec: VsockSpec) -> Result<Self, VsockError> {
         spec.validate()?;
-        let timer =
-            Timer::new().map_err(|source| VsockError::Host { what: "creating a timer".into(), source })?;
+        let failed = |what: &'static str| move |source| VsockError::Host { what: what.into(), source };
+        let timer = Timer::new().map_err(failed("creating a timer"))?;
+        let cancel = Wake::new().map_err(failed("creating an event counter"))?;
         let (mut connectors, mut listeners) = (BTreeMap::new(), Vec::new());
         for port in spec.ports {
             match port.direction {
@@ -138,7 +155,13 @@ impl Vsock {
             timing: false,
             patience: PATIENCE,
             top: RawFd::MAX,
+            cancel,
         })
+    }
+
+    /// What other threads may ask of the device.
+    pub fn handle(&self) -> VsockHandle {
+        VsockHandle { cancel: self.cancel.clone() }
     }
 
     /// Takes the guest's packets.
@@ -297,18 +320,25 @@ impl Vsock {
         self.resets.len() > before
     }
 
-    /// Waits until a socket takes something of what is held; false when none does, or it is `end`.
+    /// Waits until a socket takes something of what is held; false when none does, it is `end`, or the VM is killed.
     fn wait_for_room(&mut self, end: Instant) -> bool {
         let sockets = self.table.iter_mut().filter(|c| c.is_holding());
-        let mut fds: Vec<_> = sockets
-            .filter_map(|c| c.socket().map(|s| PollFd::from_borrowed_fd(s.as_fd(), PollFlags::OUT)))
-            .collect();
+        let mut fds = vec![PollFd::new(&self.cancel, PollFlags::IN)];
+        fds.extend(
+            sockets.filter_map(|c| c.socket().map(|s| PollFd::from_borrowed_fd(s.as_fd(), PollFlags::OUT))),
+        );
+        let holding = fds.len() - 1;
         let left = end.saturating_duration_since(Instant::now()).min(self.patience.idle);
         let Ok(timeout) = Timespec::try_from(left) else { return false };
-        let goes_on =
-            !fds.is_empty() && !left.is_zero() && poll(&mut fds, Some(&timeout)).is_ok_and(|n| n > 0);
-        if !goes_on && !fds.is_empty() {
-            tracing::warn!("vsock: {} connections end with data that no program of the host took", fds.len());
+        if holding == 0 {
+            return false;
+        }
+        let goes_on = match poll(&mut fds, Some(&timeout)) {
+            Ok(n) => n > 0 && !left.is_zero() && fds[0].revents().is_empty(),
+            Err(e) => e == Errno::INTR && !left.is_zero(),
+        };
+        if !goes_on {
+            tracing::warn!("vsock: {holding} connections end with data that no program of the host took");
         }
         goes_on
     }

@@ -28,7 +28,7 @@ mod socket;
 mod spec;
 mod table;
 
-pub use device::Vsock;
+pub use device::{Vsock, VsockHandle};
 #[cfg(any(test, feature = "mock"))]
 #[doc(hidden)]
 pub use fuzz::fuzz_one;

@@ -277,6 +277,25 @@ fn the_end_waits_less_for_who_takes_nothing() {
 }
 
 #[test]
+fn the_end_waits_for_nobody_when_the_machine_is_killed() {
+    let mut g = Guest::with_patience(Duration::from_secs(60), Duration::from_secs(60));
+    let _s = g.connect(5);
+    for _ in 0..5 {
+        g.send(data(TO_HOST, 5, 50_000), &[7; 50_000]);
+    }
+    let handle = g.handle.clone();
+    let start = Instant::now();
+    let killer = std::thread::spawn(move || {
+        std::thread::sleep(Duration::from_millis(100));
+        handle.abandon();
+    });
+    g.h.drain().unwrap();
+    let took = start.elapsed();
+    assert!(took >= Duration::from_millis(100) && took < Duration::from_secs(30), "{took:?}");
+    killer.join().unwrap();
+}
+
+#[test]
 fn a_header_alone_or_in_pieces_is_the_same() {
     let mut g = Guest::new();
     let mut s = g.connect(5);

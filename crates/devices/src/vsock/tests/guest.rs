@@ -16,7 +16,7 @@ use tempfile::TempDir;
 
 use crate::vsock::device::Patience;
 use crate::vsock::packet::{END_OF_MESSAGE, HOST_CID, Header, SEQPACKET, STREAM, op};
-use crate::vsock::{Direction, PortSpec, SocketType, Vsock, VsockSpec};
+use crate::vsock::{Direction, PortSpec, SocketType, Vsock, VsockHandle, VsockSpec};
 
 pub const RX: usize = 0;
 pub const TX: usize = 1;
@@ -36,6 +36,7 @@ pub const BUFFER: u32 = 1024;
 /// A device, a guest's driver, and the paths of two sockets.
 pub struct Guest {
     pub h: Harness,
+    pub handle: VsockHandle,
     /// Buffers that the device has.
     pub posted: usize,
     /// The program's listener.
@@ -94,8 +95,9 @@ impl Guest {
         rustix::net::listen(&packets, 64).unwrap();
         let mut device = Vsock::new(spec).unwrap();
         adjust(&mut device);
+        let handle = device.handle();
         let h = Harness::with_features(device, wanted).unwrap();
-        let mut this = Self { h, posted: 0, listener, packets, dir };
+        let mut this = Self { h, handle, posted: 0, listener, packets, dir };
         this.post(64);
         this
     }
