@@ -7,13 +7,7 @@
 # Wants busybox (static), cpio and qemu-system-x86_64 on this machine.
 set -eu
 kernel=$1 variant=$2
-work=$(mktemp -d /run/krun-msi.XXXXXX)
-qemu=
-finish() {
-    [ -z "$qemu" ] || kill "$qemu" 2> /dev/null || true
-    rm -rf "$work"
-}
-trap finish EXIT
+. "$(dirname "$0")/../processes.sh"
 
 # The guest says "mark" and waits for a line, so that it does nothing while the counts are read. The disk is read from after a
 # first time, when the program and the path are in memory; no reads at all show what the marks themselves cost.
@@ -64,7 +58,7 @@ timeout 400 qemu-system-x86_64 -M "microvm,acpi=on,$machine" -accel kvm -cpu hos
     -object iothread,id=disk -drive "file=$work/disk,format=raw,if=none,id=d,cache=writeback,aio=io_uring" \
     -device "$device,drive=d,iothread=disk" -kernel "$kernel"/boot/vmlinuz-* -initrd "$work/initrd" \
     -append "console=ttyS0 quiet panic=-1" &
-qemu=$!
+running=$!
 exec 3> "$work/serial.in" 4< "$work/serial.out"
 
 # Of the only machine that runs, so from QEMU's start on. Each mark prints what came since the one before.
