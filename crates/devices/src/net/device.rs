@@ -13,8 +13,11 @@ use super::spec::{NetError, NetSpec, Offloads};
 use super::{control, feature};
 use crate::sys::Timer;
 
-/// Entries of each queue.
-pub(super) const QUEUE_SIZE: u16 = 256;
+/// Entries of a queue for frames to the guest. A large frame takes some 16 of Linux's buffers, so 256 would hold 16 frames,
+/// and then the device would have to stop until the guest notifies it of more.
+const RECEIVE_SIZE: u16 = 1024;
+/// Entries of the other queues.
+const QUEUE_SIZE: u16 = 256;
 /// Token of the timer; those below are pairs.
 const RETRY: u64 = 1 << 16;
 /// Time before the first attempt to connect again, and the most between two.
@@ -218,15 +221,17 @@ impl Net {
 impl VirtioDevice for Net {
     fn info(&self) -> DeviceInfo {
         let own = 1 << feature::MAC | 1 << feature::MRG_RXBUF | 1 << feature::STATUS;
-        let (several, queues) = match self.pairs.len() {
-            1 => (0, 2),
-            pairs => (1 << feature::CTRL_VQ | 1 << feature::MQ, 2 * pairs + 1),
-        };
+        let mut queue_sizes = [RECEIVE_SIZE, QUEUE_SIZE].repeat(self.pairs.len());
+        let mut several = 0;
+        if self.pairs.len() > 1 {
+            several = 1 << feature::CTRL_VQ | 1 << feature::MQ;
+            queue_sizes.push(QUEUE_SIZE);
+        }
         DeviceInfo {
             id: Self::ID,
             name: "net".into(),
             features: own | several | u64::from(self.offloads.bits()),
-            queue_sizes: vec![QUEUE_SIZE; queues],
+            queue_sizes,
             shm: Vec::new(),
         }
     }

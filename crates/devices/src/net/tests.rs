@@ -82,7 +82,8 @@ fn received_on(h: &mut Harness, queue: usize) -> Option<Vec<u8>> {
 
 /// Sends until frames wait in the queue, as the peer reads none.
 fn fill(h: &mut Harness, queue: usize) {
-    while h.driver(queue).in_flight() < 256 {
+    let size = usize::from(h.driver(queue).size());
+    while h.driver(queue).in_flight() < size {
         h.add(queue, &[&[0; HEADER], &frame(60_000, 1)], &[]);
     }
     h.kick(queue).unwrap();
@@ -150,8 +151,9 @@ fn a_frame_that_never_fits_is_dropped() {
     let (mut h, mut peer) = plain();
     put(&mut peer, &frame(MAX_FRAME, 1));
     put(&mut peer, &frame(60, 2));
-    while h.driver(RX).in_flight() < 256 {
-        h.add(RX, &[], &[100]);
+    let size = usize::from(h.driver(RX).size());
+    while h.driver(RX).in_flight() < size {
+        h.add(RX, &[], &[60]);
     }
     h.kick(RX).unwrap();
     until(&mut h, "the next frame", |h| h.driver(RX).has_used());
@@ -164,7 +166,7 @@ fn a_slow_peer_keeps_the_guests_frames_in_their_queue() {
     let mut added = 0u32;
     let mut sent = 0u32;
     while h.held(TX) == 0 && added < 400 {
-        if h.driver(TX).in_flight() == 256 {
+        if h.driver(TX).in_flight() == usize::from(h.driver(TX).size()) {
             break;
         }
         h.add(TX, &[&[0; HEADER], &frame(60_000, added as u8)], &[]);
