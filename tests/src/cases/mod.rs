@@ -12,6 +12,7 @@ mod consoles;
 mod disk;
 mod disk_faults;
 mod disk_root;
+mod driver;
 mod endings;
 mod exit_codes;
 mod files;
@@ -36,6 +37,7 @@ mod suites;
 mod terminal;
 mod vhost_user;
 mod vhost_user_media;
+mod vhost_user_rtc;
 mod vsock;
 mod vsock_seqpacket;
 
@@ -130,5 +132,6 @@ pub const ALL: &[Case] = &[
     vhost_user_media::INPUT,
     vhost_user_media::SOUND,
     vhost_user_media::CAN,
+    vhost_user_rtc::CASE,
     vhost_user_media::HUNG,
 ];

@@ -34,17 +34,26 @@ impl Peer {
         let mut command = Command::new(find(program)?);
         command.args(args).stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::null());
         let mut peer = Self(command.spawn()?);
+        peer.await_socket(socket)?;
+        Ok(peer)
+    }
+
+    /// Waits until it listens: those of rust-vmm do so anew after each connection.
+    pub(super) fn await_socket(&mut self, socket: &Path) -> Result<(), Failure> {
         let start = Instant::now();
         while !network::listens(socket)? {
-            if let Some(status) = peer.0.try_wait()? {
-                return Err(Failure::Wrong(format!("{program} has ended: {status}")));
+            if let Some(status) = self.0.try_wait()? {
+                return Err(Failure::Wrong(format!(
+                    "the back end at {} has ended: {status}",
+                    socket.display()
+                )));
             }
             if start.elapsed() > PATIENCE {
-                return Err(Failure::Wrong(format!("{program} does not listen")));
+                return Err(Failure::Wrong(format!("nobody listens at {}", socket.display())));
             }
             thread::sleep(Duration::from_millis(10));
         }
-        Ok(peer)
+        Ok(())
     }
 }
 
