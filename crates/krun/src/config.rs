@@ -152,7 +152,8 @@ impl Share {
 ///
 /// The guest needs no mount option (Linux 5.17, with `CONFIG_FUSE_DAX`; without, the window stays unused). Files on
 /// overlayfs and 9p are mapped only if the share is read-only and its cache [`Cache::Always`], those on network file
-/// systems and FUSE not at all.
+/// systems and FUSE not at all. All files of the share say that their blocks are of 4 KiB (`st_blksize`), for Linux syncs no
+/// others that are mapped.
 ///
 /// When the host makes a file shorter that is mapped, the guest finds zeroes in place of what is gone.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]

@@ -35,13 +35,18 @@ fn tmpfs(dir: &TempDir) -> Result<Mounted, Failure> {
     Mounted::new(&["-t", "tmpfs"], "tmpfs", &at)
 }
 
-/// An empty ext4 file system of this host.
+/// An empty ext4 file system of this host, with blocks of 4 KiB.
 pub fn ext4(dir: &TempDir, mib: u64) -> Result<Mounted, Failure> {
+    ext4_of_blocks(dir, mib, 4096)
+}
+
+/// The same with blocks of so many bytes.
+fn ext4_of_blocks(dir: &TempDir, mib: u64, block: u32) -> Result<Mounted, Failure> {
     let (file, at) = (dir.path().join("image"), dir.path().join("ext4"));
     image(&file, mib * MIB)?;
     std::fs::create_dir(&at)?;
     let file = file.to_string_lossy();
-    match tool("mkfs.ext4", &["-q", "-F", "-m", "0", &file])? {
+    match tool("mkfs.ext4", &["-q", "-F", "-m", "0", "-b", &block.to_string(), &file])? {
         Some((0, _)) => Mounted::new(&["-o", "loop"], &file, &at),
         other => Err(Failure::Skip(format!("no ext4 can be made here: {other:?}"))),
     }
@@ -210,7 +215,7 @@ fn fsx(env: &Env) -> Result<(), Failure> {
              {programs}/fsx -f {settings} -S $s -N {steps} -P $d $d/file$s 2>&1 || exit 1; done; done; echo passed"
         )
     };
-    let disk = if whole() { ext4(&dir, 64)? } else { tmpfs(&dir)? };
+    let disk = ext4_of_blocks(&dir, 64, 1024)?;
     let own = settings.path().join("fsx").display().to_string();
     let host = here(&script(
         &programs.display().to_string(),

@@ -51,6 +51,8 @@ use unopened::Reads;
 
 /// Longest chain of parents walked to find an inode again.
 const DEPTH_MAX: usize = 4096;
+/// Bytes of a page of the guest's.
+const GUEST_PAGE: u32 = 4096;
 /// How long the guest may believe in overlays, which do not change.
 const OVERLAY_VALID: Duration = Duration::from_secs(3600);
 
@@ -543,7 +545,13 @@ impl Share {
         let ino = st.id.key.ino;
         let ino =
             if device == 0 { ino } else { (device & 0x3fff) << 48 | (ino ^ ino >> 48) & ((1 << 48) - 1) };
-        Attr { ino, dax: self.is_to_be_mapped(&st.attr, coherence), ..st.attr }
+        let dax = self.is_to_be_mapped(&st.attr, coherence);
+        // Linux syncs a mapped file only where its blocks are as large as pages, and says EIO else.
+        let blksize = match &self.dax {
+            Some(_) if st.attr.kind() == libc::S_IFREG => GUEST_PAGE,
+            _ => st.attr.blksize,
+        };
+        Attr { ino, dax, blksize, ..st.attr }
     }
 
     /// How long the guest may believe attributes. Those of a set-id file not at all: a write of somebody

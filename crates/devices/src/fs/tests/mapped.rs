@@ -330,3 +330,18 @@ fn a_device_has_the_window_that_was_asked_for() {
         assert!(matches!(error, FsError::Window { size: told } if told == size), "{error}");
     }
 }
+
+#[test]
+fn files_beside_a_window_have_blocks_as_large_as_pages() {
+    let blocks = |window: bool| {
+        let mut c = client(|s| {
+            // Where files have blocks of 1 KiB.
+            s.source = Some("/proc".into());
+            s.dax = s.dax.filter(|_| window);
+        });
+        let file = c.lookup(ROOT, c"version").unwrap().node;
+        let of = |c: &mut Client, node| u32_at(&c.call(op::GETATTR, node, &[&[0; 16]]).unwrap(), 96);
+        (of(&mut c, file), of(&mut c, ROOT))
+    };
+    assert_eq!((blocks(false), blocks(true)), ((1024, 1024), (4096, 1024)));
+}
