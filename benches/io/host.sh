@@ -1,6 +1,7 @@
 # The host half of `cargo xtask bench io`: sh host.sh krun|krun_dax|qemu PART. Runs a guest and prints its figures.
 # KRUN, BUNDLE, KERNEL, ROOT, VIRTIOFSD: the command, the library with the kernel, the same kernel as a file,
-# the guest's root, QEMU's server of shares. All files lie in memory, so that devices are what is compared.
+# the guest's root, QEMU's server of shares; TREE: the files of the part "tree". All files lie in memory, so that devices
+# are what is compared.
 set -eu
 vmm=$1 part=$2
 here=$(cd "$(dirname "$0")" && pwd)
@@ -9,7 +10,7 @@ mkdir "$work/share"
 cp "$here/guest.sh" "$work/share/guest"
 cp "$here"/*.py "$work/share"
 truncate -s 256M "$work/disk"
-[ "$part" != tree ] || (cd "$ROOT/usr/lib" && tar cf "$work/share/tree.tar" python3.*)
+[ "$part" != tree ] || tar cf "$work/share/tree.tar" -C "$TREE" .
 
 # Whether the part has an end here.
 has_sockets() { [ -f "$here/$part.py" ]; }

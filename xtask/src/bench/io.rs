@@ -13,7 +13,7 @@ pub const ROUNDS: &str = "3";
 const PARTS: [(&str, &str); 5] = [
     ("block", "A disk: a raw image in memory, io_uring on both sides"),
     ("stream", "A share: one file"),
-    ("tree", "A share: Python's library"),
+    ("tree", "A share: a tree of files"),
     ("sockets", "vsock: a Unix socket here, the host's own vsock there"),
     ("interrupts", "What a thousand small requests cost: less is better"),
 ];
@@ -35,12 +35,20 @@ pub fn run(rounds: &str, names: &[String]) -> Result<(), String> {
     let built = test::build()?;
     let virtiofsd = peers::virtiofsd()?;
     let lab = Lab::ensure(&built.krun)?;
+    let tree = match std::env::var_os("KRUN_BENCH_TREE") {
+        Some(tree) => absolute(Path::new(&tree))?,
+        None => root.join("usr/lib/python3.11"),
+    };
+    if !tree.is_dir() {
+        return Err(format!("{} is no directory; KRUN_BENCH_TREE names another", tree.display()));
+    }
     let env = [
         ("KRUN", absolute(&built.krun)?),
         ("BUNDLE", ours.bundle),
         ("KERNEL", ours.vmlinux),
         ("ROOT", root.clone()),
         ("VIRTIOFSD", virtiofsd),
+        ("TREE", tree.clone()),
     ];
     let script = absolute(Path::new("benches/io/host.sh"))?;
     let bench = absolute(&built.krun.with_file_name("krun-bench"))?;
@@ -58,7 +66,8 @@ pub fn run(rounds: &str, names: &[String]) -> Result<(), String> {
         if !status.success() {
             return Err(format!("the part {part} ended with {status}"));
         }
-        println!("\n{title}; {rounds} rounds, medians\n\n{}", table(&text, 0));
+        let what = if part == "tree" { format!(", {}", tree.display()) } else { String::new() };
+        println!("\n{title}{what}; {rounds} rounds, medians\n\n{}", table(&text, 0));
     }
     Ok(())
 }
