@@ -182,7 +182,8 @@ pub struct Run {
     /// the like), unix-dgram:PATH (gvproxy with vfkit, vmnet-helper), tap:NAME. Options after a comma: mac=ADDRESS,
     /// dhcp=off, vfkit; for passt tcp=PORTS and udp=PORTS, as its -t and -u take them. With -v it is heard. A
     /// fault of older versions (2023-03, 2025-05): a connection that the guest closes for sending before it has the whole
-    /// answer gets parts of it again, or stalls.
+    /// answer gets parts of it again, or stalls. What comes to the guest is slow where the host's net.core.wmem_max is
+    /// small (208 KiB by default): passt drops what does not fit.
     #[arg(long = "net", value_name = "PEER[,OPTION]...", value_parser = crate::nets::parse)]
     pub nets: Vec<crate::nets::NetArg>,
 

@@ -15,6 +15,9 @@ pub use krun_devices::vsock::{
 /// are more than a hundred connections (the guest's program then gets `EMSGSIZE`), and 256 KiB to the guest unless its
 /// program sets `SO_VM_SOCKETS_BUFFER_SIZE`; but what the host's program sends must fit into its own `SO_SNDBUF` first
 /// (`EMSGSIZE` from about 208 KiB on, by default). One that the receiver has no room for ends its connection.
+///
+/// A program of the host that sends much to the guest may gain by a larger buffer of its socket: `SO_SNDBUF` of 1 MiB, for
+/// example.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct Vsock {
     /// Ports that are joined to unix sockets of this host.
